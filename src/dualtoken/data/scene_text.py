@@ -1,0 +1,159 @@
+"""What can be said about a scene: captions, questions with answers, and edits with instructions.
+
+Everything is derived from the structured truth of `scenes.Scene`, so it is always right; the choice among what
+could be said comes from the generator that is passed in, so it repeats.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dualtoken.data.scenes import (
+    COLORS,
+    MAX_OBJECTS,
+    RADII,
+    SHAPES,
+    Scene,
+    SceneObject,
+    place,
+    random_object,
+)
+
+NUMBERS = ("no", "one", "two", "three", "four")
+QUESTION_TYPES = ("attribute", "count", "compare", "position", "exists")
+EDIT_TYPES = ("recolor", "remove", "add", "move")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one picture with its only right answer, one or two words in lower case."""
+
+    type: str  # one of QUESTION_TYPES
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A scene, the same scene changed, and the instruction that leads from one to the other."""
+
+    type: str  # one of EDIT_TYPES
+    before: Scene
+    after: Scene
+    instruction: str
+
+
+def position(thing: SceneObject) -> str:
+    """Where an object is, in words: "top left", "center", ..."""
+    row = "top" if thing.y < 0.38 else "bottom" if thing.y > 0.62 else ""
+    column = "left" if thing.x < 0.38 else "right" if thing.x > 0.62 else ""
+    return f"{row} {column}".strip() or "center"
+
+
+def describe(thing: SceneObject, detail: bool = True) -> str:
+    """An object in words: "large striped red star", or without detail "red star"."""
+    return f"{thing.size} {thing.texture} {thing.name}" if detail else thing.name
+
+
+def relation(first: SceneObject, second: SceneObject) -> str:
+    """How the first object lies to the second, along the axis on which they differ more."""
+    dx, dy = first.x - second.x, first.y - second.y
+    if abs(dx) >= abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def captions(scene: Scene) -> list[str]:
+    """Every kind of caption for a scene, from full detail to names only (lower case, no full stop)."""
+    things, where = scene.objects, f"on a {scene.background} background"
+    full = " and ".join(f"a {describe(thing)}" for thing in things)
+    names = " and ".join(f"a {thing.name}" for thing in things)
+    said = [f"{full} {where}", f"{names} {where}", names, f"{NUMBERS[len(things)]} objects : {names}"]
+    if len(things) == 1:
+        said[3] = f"a {things[0].size} {things[0].name} at the {position(things[0])} {where}"
+    else:
+        first, second = things[0], things[1]
+        said.append(f"a {describe(first)} {relation(first, second)} a {describe(second)} {where}")
+    return said
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One caption; full detail in half of the draws."""
+    said = captions(scene)
+    return said[0] if rng.random() < 0.5 else said[int(rng.integers(len(said)))]
+
+
+def _unique(scene: Scene) -> list[SceneObject]:
+    """Objects whose name (color and shape) no other object of the scene has."""
+    counts = Counter(thing.name for thing in scene.objects)
+    return [thing for thing in scene.objects if counts[thing.name] == 1]
+
+
+def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Questions of every type that the scene allows, each with exactly one right answer.
+
+    A scene of one object has no "compare" question; "exists" comes once true and once false.
+    """
+    things, asked = scene.objects, []
+    colors = Counter(thing.color for thing in things)
+    shapes = Counter(thing.shape for thing in things)
+    for thing in things:
+        if shapes[thing.shape] == 1:
+            asked.append(Question("attribute", f"what color is the {thing.shape} ?", thing.color))
+        if colors[thing.color] == 1:
+            asked.append(Question("attribute", f"what shape is the {thing.color} object ?", thing.shape))
+    for thing in _unique(scene):
+        asked.append(Question("attribute", f"what texture has the {thing.name} ?", thing.texture))
+        asked.append(Question("position", f"where is the {thing.name} ?", position(thing)))
+    asked.append(Question("attribute", "what is the background ?", scene.background))
+    asked.append(Question("count", "how many objects are there ?", NUMBERS[len(things)]))
+    shape = SHAPES[rng.integers(len(SHAPES))]
+    asked.append(Question("count", f"how many objects are a {shape} ?", NUMBERS[shapes[shape]]))
+    single = _unique(scene)
+    for first, second in zip(single, single[1:], strict=False):
+        pair = f"the {first.name} {{}} the {second.name}"
+        larger = "yes" if first.radius > second.radius * 1.15 else "no"
+        asked.append(Question("compare", f"is {pair.format('larger than')} ?", larger))
+        true = relation(first, second)
+        words = (true, relation(second, first))[int(rng.integers(2))]
+        asked.append(Question("position", f"is {pair.format(words)} ?", "yes" if words == true else "no"))
+    present = things[int(rng.integers(len(things)))].name
+    absent = [f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" not in {t.name for t in things}]
+    asked.append(Question("exists", f"is there a {present} ?", "yes"))
+    asked.append(Question("exists", f"is there a {absent[int(rng.integers(len(absent)))]} ?", "no"))
+    return asked
+
+
+def edits(scene: Scene, rng: np.random.Generator) -> list[Edit]:
+    """One edit of every type that the scene allows; instructions name objects that are unique in it."""
+    made, single = [], _unique(scene)
+
+    def swap(old: SceneObject, new: SceneObject) -> Scene:
+        return replace(scene, objects=tuple(new if thing is old else thing for thing in scene.objects))
+
+    if single:
+        thing = single[int(rng.integers(len(single)))]
+        rest = replace(scene, objects=tuple(other for other in scene.objects if other is not thing))
+        color = str(rng.choice([name for name in COLORS if name != thing.color]))
+        made.append(
+            Edit(
+                "recolor",
+                scene,
+                swap(thing, replace(thing, color=color, shade=COLORS[color])),
+                f"make the {thing.name} {color}",
+            )
+        )
+        if rest.objects:
+            made.append(Edit("remove", scene, rest, f"remove the {thing.name}"))
+        moved = place(thing, rest, rng)
+        if position(moved) != position(thing):
+            text = f"move the {thing.name} to the {position(moved)}"
+            made.append(Edit("move", scene, swap(thing, moved), text))
+    if len(scene.objects) < MAX_OBJECTS:
+        small = random_object(rng, len(scene.objects) + 1)
+        small = replace(small, radius=RADII[MAX_OBJECTS][0], size="small")
+        added = place(small, scene, rng)
+        after = replace(scene, objects=(*scene.objects, added))
+        made.append(Edit("add", scene, after, f"add a {describe(added)} at the {position(added)}"))
+    return made

@@ -1,0 +1,184 @@
+"""The vision backbone: any timm ViT, tapped after any block and entered again after any block.
+
+Layer k is the output of the k-th transformer block, counted from 1 (`hidden_states[k]` in transformers' terms);
+layer 0 is the embedded image. The paper taps layer 6 (pixel) and 26 (semantic) of So400m's 27 blocks; the blocks
+after the semantic layer, the final norm and the pooling head run on the quantised features (section 3.2).
+
+Shapes: B batch, N positions, C width.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import GroupNormAct, HybridEmbed
+from timm.models.vision_transformer_hybrid import ConvStem
+from torch import Tensor, nn
+
+from dualtoken.core.errors import UserError
+
+
+@dataclass
+class BackboneConfig:
+    """A timm model by name, keyword overrides for other sizes, and where its features are taken.
+
+    Args:
+        name: any timm vision transformer, e.g. "vit_so400m_patch16_siglip_256".
+        overrides: keywords of the timm model, e.g. {"embed_dim": 128, "depth": 8, "num_heads": 4}.
+        stem: widths of a stem of stride-2 convolutions in place of the patch projection, last one = embed_dim;
+            its stride 2 ** len(stem) is the patch size. Empty: the model's own patch embedding.
+        pixel_layer, semantic_layer: the taps; None = first quarter and penultimate.
+    """
+
+    name: str = "vit_so400m_patch16_siglip_256"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    stem: tuple[int, ...] = ()
+    pixel_layer: int | None = None
+    semantic_layer: int | None = None
+
+
+class Backbone(nn.Module):
+    """A timm ViT that can be left after any block and entered again.
+
+    Raises UserError for a name timm does not know, a model that is no plain ViT, or a tap outside its blocks.
+    """
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        if not timm.is_model(config.name):
+            near = ", ".join(timm.list_models(f"*{config.name[:12]}*")[:3]) or "see timm.list_models()"
+            raise UserError(f"backbone name {config.name!r} is not a timm model; near it: {near}")
+        overrides = dict(config.overrides)
+        if config.stem:
+            overrides["embed_layer"] = partial(_stem_embed, widths=tuple(config.stem))
+            overrides["patch_size"] = 2 ** len(config.stem)
+        self.vit = timm.create_model(config.name, pretrained=False, num_classes=0, **overrides)
+        if not all(hasattr(self.vit, part) for part in ("patch_embed", "_pos_embed", "blocks", "norm")):
+            raise UserError(f"backbone {config.name!r} is not a vision transformer with blocks; choose a ViT")
+        self.layers = len(self.vit.blocks)
+        self.pixel_layer = config.pixel_layer or max(1, self.layers // 4)
+        self.semantic_layer = config.semantic_layer or self.layers - 1
+        for option in ("pixel_layer", "semantic_layer"):
+            if not 1 <= getattr(self, option) <= self.layers:
+                raise UserError(
+                    f"{option}={getattr(self, option)} is outside the {self.layers} blocks of {config.name}"
+                )
+        self.width: int = self.vit.embed_dim
+        self.prefix: int = self.vit.num_prefix_tokens  # class and register tokens before the N positions
+        self.grid: int = self.vit.patch_embed.grid_size[0]
+        self.image_size: int = self.vit.patch_embed.img_size[0]
+        self._rotary = (
+            type(self.vit).__name__ == "Eva"
+        )  # Eva's position embedding also gives the blocks a rope
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images [B, 3, H, W] -> layer 0 [B, prefix + N, C], and the rope of Eva models (else None)."""
+        side = tuple(images.shape[-2:])
+        if side != (self.image_size, self.image_size):
+            raise UserError(
+                f"images of {side[0]} x {side[1]} given to a backbone of {self.image_size} x {self.image_size}: "
+                "resize them with the model's image processor"
+            )
+        vit = self.vit
+        embedded = vit._pos_embed(vit.patch_embed(images))
+        x, rope = embedded if self._rotary else (embedded, None)
+        if not self._rotary:  # Eva's position embedding drops patches itself
+            x = vit.patch_drop(x)
+        return vit.norm_pre(x), rope
+
+    def run(self, x: Tensor, first: int, last: int, rope: Tensor | None = None) -> Tensor:
+        """Blocks first+1 .. last: layer `first` in, layer `last` out, both [B, prefix + N, C]."""
+        for block in self.vit.blocks[first:last]:
+            x = block(x, rope=rope) if self._rotary else block(x)
+        return x
+
+    def taps(self, images: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
+        """Features after the given layers (ascending), each [B, prefix + N, C], in one pass."""
+        if list(layers) != sorted(layers) or not all(0 <= k <= self.layers for k in layers):
+            raise UserError(f"layers {layers} must ascend and lie between 0 and {self.layers}")
+        (x, rope), at, found = self.embed(images), 0, []
+        for layer in layers:
+            x, at = self.run(x, at, layer, rope), layer
+            found.append(x)
+        return found
+
+    def pool(self, x: Tensor, layer: int) -> Tensor:
+        """Enter after `layer` with [B, prefix + N, C]: remaining blocks, final norm, pooling head -> [B, C]."""
+        rope = self.vit.rope.get_embed() if self._rotary and self.vit.rope is not None else None
+        x = self.vit.norm(self.run(x, layer, self.layers, rope))
+        return self.vit.forward_head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> pooled features [B, C], the plain pass of the timm model."""
+        return self.vit(images)
+
+
+def _stem_embed(
+    img_size: int, in_chans: int, embed_dim: int, widths: tuple[int, ...], patch_size: int, **unused: Any
+) -> HybridEmbed:
+    """Patch embedding of stride-2 convolutions (GroupNorm, GELU), called by timm with its own keywords."""
+    if widths[-1] != embed_dim:
+        raise UserError(
+            f"the last width of stem, {widths[-1]}, must equal the backbone's embed_dim, {embed_dim}"
+        )
+    stem = ConvStem(
+        in_chans,
+        depth=len(widths),
+        channels=widths,
+        kernel_size=3,
+        stride=(2,) * len(widths),
+        padding=1,
+        norm_layer=partial(GroupNormAct, num_groups=1),
+        act_layer=nn.GELU,
+    )
+    stem.num_features = widths[-1]  # HybridEmbed asks for it
+    return HybridEmbed(
+        stem,
+        img_size=img_size,
+        feature_size=(img_size // patch_size,) * 2,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        proj=False,
+    )
+
+
+def map_siglip_keys(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Weights of transformers' SiglipVisionModel under timm's names, query, key and value joined.
+
+    Args: state: its state_dict (with or without the prefix "vision_model."); layers: number of blocks.
+    Raises UserError listing every key that was not used.
+    """
+    source = {key.removeprefix("vision_model."): value for key, value in state.items()}
+    head, mapped = "head.attention.", {}
+    table = {
+        "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
+        "norm.weight": "post_layernorm.weight",
+        "norm.bias": "post_layernorm.bias",
+    }
+    parts = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}
+    parts |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    head_parts = {
+        "proj": "attention.out_proj",
+        "norm": "layernorm",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+    for kind in ("weight", "bias"):
+        for layer in range(layers):
+            ours, theirs = f"blocks.{layer}", f"encoder.layers.{layer}"
+            table |= {f"{ours}.{a}.{kind}": f"{theirs}.{b}.{kind}" for a, b in parts.items()}
+            joined = [source.pop(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qkv"]
+            mapped[f"{ours}.attn.qkv.{kind}"] = torch.cat(joined)
+        table |= {f"attn_pool.{a}.{kind}": f"head.{b}.{kind}" for a, b in head_parts.items()}
+        query, rest = source.pop(f"{head}in_proj_{kind}").tensor_split([source["head.probe"].shape[-1]])
+        mapped[f"attn_pool.q.{kind}"], mapped[f"attn_pool.kv.{kind}"] = query, rest
+    mapped["pos_embed"] = source.pop("embeddings.position_embedding.weight")[None]
+    mapped["attn_pool.latent"] = source.pop("head.probe")
+    mapped |= {ours: source.pop(theirs) for ours, theirs in table.items()}
+    source.pop("embeddings.position_ids", None)
+    if source:
+        raise UserError(f"SigLIP weights hold keys that the backbone has no place for: {sorted(source)[:5]}")
+    return mapped

@@ -1,0 +1,112 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dualtoken.core.errors import UserError
+from dualtoken.data.scene_text import (
+    EDIT_TYPES,
+    QUESTION_TYPES,
+    captions,
+    edits,
+    position,
+    questions,
+    relation,
+)
+from dualtoken.data.scenes import COLORS, SHAPES, TEXTURES, Scene, SceneObject, Scenes, scene
+
+
+def thing(**changes):
+    start = SceneObject("square", "red", "plain", "large", 0.5, 0.5, 0.3, COLORS["red"])
+    return replace(start, **changes)
+
+
+def test_same_arguments_same_scene_and_splits_differ():
+    assert scene(7) == scene(7)
+    train, test = ({scene(i, split) for i in range(300)} for split in ("train", "test"))
+    assert len(train) == len(test) == 300
+    assert not train & test
+    assert scene(7, seed=1) != scene(7)
+    with pytest.raises(UserError, match="split 'val'"):
+        scene(0, "val")
+
+
+def test_every_factor_appears_and_objects_lie_inside():
+    scenes = [scene(i) for i in range(600)]
+    things = [thing for drawn in scenes for thing in drawn.objects]
+    assert {t.shape for t in things} == set(SHAPES)
+    assert {t.color for t in things} == set(COLORS)
+    assert {t.texture for t in things} == set(TEXTURES)
+    assert {len(drawn.objects) for drawn in scenes} == {1, 2, 3, 4}
+    assert all(t.radius <= t.x <= 1 - t.radius and t.radius <= t.y <= 1 - t.radius for t in things)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_are_drawn_inside_their_radius_in_their_color(shape):
+    picture = Scene("black", 0.0, (thing(shape=shape),)).render(96).astype(float) / 255
+    red = picture[..., 0] > 0.5
+    rows, columns = np.nonzero(red)
+    assert 0.15 < red.sum() / (np.pi * (0.3 * 96) ** 2) < 1.2
+    assert min(rows.min(), columns.min()) >= 96 * 0.19 - 1 and max(rows.max(), columns.max()) <= 96 * 0.81 + 1
+    assert np.allclose(columns.mean(), 47.5, atol=1.5)
+    assert np.allclose(np.median(picture[red], 0), COLORS["red"], atol=0.02)
+
+
+def test_shapes_differ_from_each_other():
+    masks = [Scene("black", 0.0, (thing(shape=s),)).render(48)[..., 0] > 100 for s in SHAPES]
+    overlaps = [(a & b).sum() / (a | b).sum() for i, a in enumerate(masks) for b in masks[:i]]
+    assert max(overlaps) < 0.9
+
+
+def test_resolutions_show_the_same_scene():
+    small, large = scene(3).render(48), scene(3).render(192)
+    pooled = large.reshape(48, 4, 48, 4, 3).mean((1, 3))
+    assert np.abs(pooled - small).mean() < 6
+
+
+def test_position_and_relation_words():
+    assert position(thing(x=0.2, y=0.2)) == "top left"
+    assert position(thing()) == "center"
+    assert relation(thing(x=0.2), thing(x=0.8)) == "left of"
+    assert relation(thing(y=0.8), thing(y=0.2)) == "below"
+
+
+def test_questions_are_answered_by_the_truth():
+    seen = set()
+    for i in range(200):
+        drawn = scene(i)
+        names = [t.name for t in drawn.objects]
+        for asked in questions(drawn, np.random.default_rng(i)):
+            seen.add(asked.type)
+            words = asked.question.split()
+            if asked.type == "exists":
+                assert asked.answer == ("yes" if " ".join(words[3:5]) in names else "no")
+            if asked.question.startswith("what color"):
+                assert [t.color for t in drawn.objects if t.shape == words[4]] == [asked.answer]
+            if asked.question.startswith("how many objects are there"):
+                assert asked.answer == ("no", "one", "two", "three", "four")[len(names)]
+    assert seen == set(QUESTION_TYPES)
+
+
+def test_edits_change_what_they_say_and_nothing_else():
+    seen = set()
+    for i in range(200):
+        for edit in edits(scene(i), np.random.default_rng(i)):
+            seen.add(edit.type)
+            kept = set(edit.before.objects) & set(edit.after.objects)
+            change = {"add": 1, "remove": -1}.get(edit.type, 0)
+            assert len(edit.after.objects) == len(edit.before.objects) + change
+            assert len(kept) == min(len(edit.before.objects), len(edit.after.objects)) - (change == 0)
+            assert edit.before.background == edit.after.background
+    assert seen == set(EDIT_TYPES)
+
+
+def test_source_gives_pixels_captions_and_labels():
+    source = Scenes(32, "test")
+    sample = source[5]
+    assert sample.image.shape == (3, 32, 32) and sample.image.dtype == torch.uint8
+    assert torch.equal(sample.image, source[5].image) and sample.caption == source[5].caption
+    assert sample.caption in captions(scene(5, "test"))
+    single = next(i for i in range(50) if len(scene(i, "test").objects) == 1)
+    assert source.classes[source[single].label] == scene(single, "test").objects[0].name
