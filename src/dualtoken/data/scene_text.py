@@ -6,6 +6,7 @@ could be said comes from the generator that is passed in, so it repeats.
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -111,7 +112,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     shape = SHAPES[rng.integers(len(SHAPES))]
     asked.append(Question("count", f"how many objects are a {shape} ?", NUMBERS[shapes[shape]]))
     single = _unique(scene)
-    for first, second in zip(single, single[1:], strict=False):
+    for first, second in pairwise(single):
         pair = f"the {first.name} {{}} the {second.name}"
         larger = "yes" if first.radius > second.radius * 1.15 else "no"
         asked.append(Question("compare", f"is {pair.format('larger than')} ?", larger))

@@ -5,7 +5,7 @@ a size and a place. Reconstruction needs texture and exact color, meaning needs 
 vocabularies of the tokenizer both have work to do. Nothing is stored: scene `index` of a split is a function of
 (split, seed, index), so the world is endless, any worker may draw any part of it, and the splits never meet.
 
-Objects are signed distance fields evaluated on the pixel grid; a picture of 48 px takes under a millisecond on one core.
+Objects are signed distance fields evaluated on the pixel grid; a picture of 48 px takes under a millisecond.
 What is said about a scene (captions, questions, edits) is in `scene_text.py`.
 """
 

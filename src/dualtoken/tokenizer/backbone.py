@@ -69,9 +69,7 @@ class Backbone(nn.Module):
         self.prefix: int = self.vit.num_prefix_tokens  # class and register tokens before the N positions
         self.grid: int = self.vit.patch_embed.grid_size[0]
         self.image_size: int = self.vit.patch_embed.img_size[0]
-        self._rotary = (
-            type(self.vit).__name__ == "Eva"
-        )  # Eva's position embedding also gives the blocks a rope
+        self._rotary = type(self.vit).__name__ == "Eva"  # Eva's position embedding also gives the blocks a rope
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images [B, 3, H, W] -> layer 0 [B, prefix + N, C], and the rope of Eva models (else None)."""
@@ -120,9 +118,7 @@ def _stem_embed(
 ) -> HybridEmbed:
     """Patch embedding of stride-2 convolutions (GroupNorm, GELU), called by timm with its own keywords."""
     if widths[-1] != embed_dim:
-        raise UserError(
-            f"the last width of stem, {widths[-1]}, must equal the backbone's embed_dim, {embed_dim}"
-        )
+        raise UserError(f"the last width of stem, {widths[-1]}, must equal the backbone's embed_dim, {embed_dim}")
     stem = ConvStem(
         in_chans,
         depth=len(widths),

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from dualtoken.core.errors import UserError
+from dualtoken.tokenizer.branch import AttentionCache, AttentionProjection, Branch, BranchConfig
+from dualtoken.tokenizer.quantizer import QuantizerConfig
+
+CODES = QuantizerConfig(codebook_size=32, code_dim=8, depth=3)
+
+
+@pytest.fixture
+def features():
+    return torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_lookup_of_codes_equals_forward(features):
+    torch.manual_seed(0)
+    branch = Branch(32, BranchConfig(CODES)).eval()
+    result = branch(features)
+    assert result.features.shape == (2, 9, 32)
+    assert torch.equal(result.codes, branch.encode(features))
+    assert torch.equal(result.features, branch.lookup(result.codes))
+
+
+def test_before_sees_all_positions_after_sees_only_the_past(features):
+    torch.manual_seed(0)
+    down, up = AttentionProjection(32, 8, causal=False), AttentionProjection(32, 64, causal=True)
+    changed = features.clone()
+    changed[:, -1] = features[:, -1].flip(-1)
+    assert not torch.allclose(down(features)[:, 0], down(changed)[:, 0])
+    assert torch.allclose(up(features)[:, :-1], up(changed)[:, :-1], atol=1e-6)
+
+
+def test_step_by_step_equals_at_once(features):
+    torch.manual_seed(0)
+    up, cache = AttentionProjection(32, 64, causal=True).eval(), AttentionCache()
+    steps = [up.step(features[:, n : n + 1], cache) for n in range(9)]
+    assert torch.allclose(torch.cat(steps, 1), up(features), atol=1e-5)
+    with pytest.raises(UserError, match="causal"):
+        AttentionProjection(32, 8, causal=False).step(features[:, :1], AttentionCache())
+
+
+def test_every_parameter_learns(features):
+    torch.manual_seed(0)
+    branch = Branch(32, BranchConfig(CODES, shortcut_scale=0.6))
+    result = branch(features, features.flip(0))
+    (result.features.square().mean() + result.commitment).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in branch.parameters())
+
+
+def test_mistakes_are_named(features):
+    with pytest.raises(UserError, match="shortcut_scale"):
+        Branch(32, BranchConfig(CODES, shortcut_scale=0.6))(features)
+    with pytest.raises(UserError, match="code_dim 8 must divide the backbone's width 36"):
+        Branch(36, BranchConfig(CODES))
