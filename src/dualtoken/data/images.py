@@ -1,8 +1,24 @@
-"""What an image source gives: one sample, whatever it was read or drawn from."""
+"""Where training pictures come from, and which of them make up a step.
 
-from dataclasses import dataclass
+A source gives sample number `index`; a step's batch is a function of (seed, step, rank) alone. So a run needs no
+state but its step to go on exactly, and the number of loading processes does not change what is learnt.
+"""
 
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import webdataset.shardlists
+import webdataset.tariterators
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dualtoken.core.errors import UserError
+from dualtoken.core.images import IMAGE_SUFFIXES, ImageError, fit_image, image_bytes, list_images, read_image
 
 
 @dataclass
@@ -13,3 +29,189 @@ class Sample:
     caption: str
     label: int  # index into the source's `classes`, -1 where unknown
     name: str
+
+
+@dataclass
+class Batch:
+    """Pictures of one step, and the files that could not be read in making it."""
+
+    images: Tensor  # uint8 [B, 3, S, S]
+    captions: list[str]
+    labels: Tensor  # int64 [B]
+    names: list[str]
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DataConfig:
+    """Training pictures.
+
+    Args:
+        source: "scenes" (the bundled world), a folder (class folders are labels, `name.txt` beside a picture is
+            its caption), or webdataset shards: "data/{000..099}.tar".
+        batch_size: pictures a process and step.
+        workers: loading processes; 0 = in the training process.
+        seed: of the bundled world.
+    """
+
+    source: str = "scenes"
+    batch_size: int = 64
+    workers: int = 0
+    seed: int = 0
+
+
+class Source(Protocol):
+    """Pictures by number. `endless` sources have no length; a file that cannot be read raises ImageError."""
+
+    endless: bool
+    classes: tuple[str, ...]
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class ImageFolder:
+    """Pictures below a folder, sorted by path; the first level of subfolders, if any, gives the labels."""
+
+    endless = False
+
+    def __init__(self, path: str | Path, size: int, option: str = "--data.source"):
+        self.root, self.size = Path(path), size
+        self.files = list_images(path, option)
+        first = [f.relative_to(self.root).parts for f in self.files if f != self.root]
+        self.classes = tuple(sorted({parts[0] for parts in first if len(parts) > 1}))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self.files[index]
+        parts = file.relative_to(self.root).parts
+        label = self.classes.index(parts[0]) if len(parts) > 1 else -1
+        text = file.with_suffix(".txt")
+        caption = text.read_text(errors="replace").strip() if text.is_file() else ""
+        if not caption and label >= 0:
+            caption = f"a {self.classes[label].replace('_', ' ')}"
+        return Sample(image_bytes(fit_image(read_image(file), self.size)), caption, label, str(file))
+
+
+class Shards:
+    """Webdataset shards (local tar files): a picture and, with the same base name, `.txt` and `.cls`.
+
+    Tar headers are read once at the start; a shard that is cut off gives the samples before the cut, and is
+    listed in `damaged`. Raises UserError where no shard holds a picture.
+    """
+
+    endless = False
+
+    def __init__(self, pattern: str, size: int, option: str = "--data.source"):
+        self.size, self.damaged, self.classes = size, [], ()
+        self.shards = [Path(url) for url in webdataset.shardlists.expand_urls(pattern)]
+        self.samples: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
+        for number, shard in enumerate(self.shards):
+            if not shard.is_file():
+                raise UserError(f"{option} {pattern}: no shard {shard}")
+            self._index(number, shard)
+        labels = [int(self._read(s, d["cls"]) or -1) for s, _, d in self.samples if "cls" in d]
+        self.classes = tuple(str(i) for i in range(max(labels, default=-1) + 1))
+        if not self.samples:
+            raise UserError(f"{option} {pattern}: no picture in {len(self.shards)} shards")
+
+    def _index(self, number: int, shard: Path) -> None:
+        """Add the samples of one shard: shard number, base name, suffix -> (offset, size)."""
+        grouped: dict[str, dict[str, tuple[int, int]]] = {}
+        length = shard.stat().st_size
+        try:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    base, suffix = webdataset.tariterators.base_plus_ext(member.name)
+                    if member.isfile() and base:
+                        if member.offset_data + member.size > length:
+                            raise tarfile.ReadError("cut off")
+                        grouped.setdefault(base, {})[suffix.lower()] = (member.offset_data, member.size)
+        except tarfile.ReadError:
+            self.damaged.append(str(shard))
+        for base, parts in grouped.items():
+            if any(f".{suffix}" in IMAGE_SUFFIXES for suffix in parts):
+                self.samples.append((number, base, parts))
+
+    def _read(self, shard: int, place: tuple[int, int]) -> bytes:
+        with open(self.shards[shard], "rb") as opened:
+            opened.seek(place[0])
+            return opened.read(place[1])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        shard, base, parts = self.samples[index]
+        name = f"{self.shards[shard]}:{base}"
+        suffix = next(s for s in parts if f".{s}" in IMAGE_SUFFIXES)
+        picture = read_image(self._read(shard, parts[suffix]), name)
+        caption = self._read(shard, parts["txt"]).decode(errors="replace").strip() if "txt" in parts else ""
+        label = int(self._read(shard, parts["cls"]) or -1) if "cls" in parts else -1
+        return Sample(image_bytes(fit_image(picture, self.size)), caption, label, name)
+
+
+def open_source(config: DataConfig, size: int, split: str = "train") -> Source:
+    """The source that `config.source` names, with pictures of side `size`."""
+    from dualtoken.data.scenes import Scenes  # scenes builds on this file
+
+    if config.source == "scenes":
+        return Scenes(size, split, config.seed)
+    if config.source.endswith(".tar"):
+        return Shards(config.source, size)
+    return ImageFolder(config.source, size)
+
+
+class StepBatches(Dataset):
+    """Batch number `step` of one process out of `world_size`, as a function of its arguments alone."""
+
+    def __init__(self, source: Source, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __getitem__(self, step: int) -> Batch:
+        start = (step * self.world_size + self.rank) * self.batch_size
+        samples, skipped = [], []
+        for place in range(start, start + self.batch_size):
+            for attempt in range(100):
+                try:
+                    samples.append(self.source[self._index(place, attempt)])
+                    break
+                except ImageError as error:
+                    skipped.append(str(error))
+            else:
+                raise UserError(f"100 pictures in a row could not be read, the last: {skipped[-1]}")
+        return Batch(
+            images=torch.stack([s.image for s in samples]),
+            captions=[s.caption for s in samples],
+            labels=torch.tensor([s.label for s in samples]),
+            names=[s.name for s in samples],
+            skipped=skipped,
+        )
+
+    def _index(self, place: int, attempt: int) -> int:
+        """Sample at a place of the endless sequence of epochs; attempts after the first draw a substitute."""
+        if self.source.endless:
+            return self.seed * 2**40 + place
+        length = len(self.source)
+        if attempt:
+            return int(np.random.default_rng((self.seed, place, attempt)).integers(length))
+        epoch, at = divmod(place, length)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(length))
+        return int(self._order[1][at])
+
+
+def step_batches(batches: StepBatches, start: int, stop: int, workers: int) -> Iterator[Batch]:
+    """Batches start .. stop - 1 in order, drawn ahead by `workers` processes."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator().manual_seed(0),  # otherwise the loader draws from the global random state
+    )
+    return iter(loader)

@@ -27,8 +27,9 @@ class BackboneConfig:
     Args:
         name: any timm vision transformer, e.g. "vit_so400m_patch16_siglip_256".
         overrides: keywords of the timm model, e.g. {"embed_dim": 128, "depth": 8, "num_heads": 4}.
-        stem: widths of a stem of stride-2 convolutions in place of the patch projection, last one = embed_dim;
-            its stride 2 ** len(stem) is the patch size. Empty: the model's own patch embedding.
+        stem: widths of a stem of 3x3 convolutions in place of the patch projection, last one = embed_dim. One that
+            changes the width halves the side, one that keeps it does not: (32, 32, 64, 128, 128) is of patch 8.
+            Empty: the model's own patch embedding.
         pixel_layer, semantic_layer: the taps; None = first quarter and penultimate.
     """
 
@@ -53,7 +54,7 @@ class Backbone(nn.Module):
         overrides = dict(config.overrides)
         if config.stem:
             overrides["embed_layer"] = partial(_stem_embed, widths=tuple(config.stem))
-            overrides["patch_size"] = 2 ** len(config.stem)
+            overrides["patch_size"] = 2 ** _stem_strides(config.stem).count(2)
         self.vit = timm.create_model(config.name, pretrained=False, num_classes=0, **overrides)
         if not all(hasattr(self.vit, part) for part in ("patch_embed", "_pos_embed", "blocks", "norm")):
             raise UserError(f"backbone {config.name!r} is not a vision transformer with blocks; choose a ViT")
@@ -113,10 +114,15 @@ class Backbone(nn.Module):
         return self.vit(images)
 
 
+def _stem_strides(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """2 for a convolution that changes the width, 1 for one that keeps it."""
+    return tuple(1 if i and widths[i] == widths[i - 1] else 2 for i in range(len(widths)))
+
+
 def _stem_embed(
     img_size: int, in_chans: int, embed_dim: int, widths: tuple[int, ...], patch_size: int, **unused: Any
 ) -> HybridEmbed:
-    """Patch embedding of stride-2 convolutions (GroupNorm, GELU), called by timm with its own keywords."""
+    """Patch embedding of convolutions (GroupNorm, GELU), called by timm with its own keywords."""
     if widths[-1] != embed_dim:
         raise UserError(f"the last width of stem, {widths[-1]}, must equal the backbone's embed_dim, {embed_dim}")
     stem = ConvStem(
@@ -124,7 +130,7 @@ def _stem_embed(
         depth=len(widths),
         channels=widths,
         kernel_size=3,
-        stride=(2,) * len(widths),
+        stride=_stem_strides(widths),
         padding=1,
         norm_layer=partial(GroupNormAct, num_groups=1),
         act_layer=nn.GELU,
