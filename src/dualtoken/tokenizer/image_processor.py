@@ -1,0 +1,43 @@
+"""Pictures in, tensors for the tokenizer out, and the way back."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BaseImageProcessor, BatchFeature
+
+from dualtoken.core.images import fit_image, image_bytes, read_image, to_float, to_picture
+
+Picture = Image.Image | str | Path | bytes | np.ndarray | Tensor
+
+
+class DualTokenImageProcessor(BaseImageProcessor):
+    """Any picture -> its largest centred square at `size` pixels, float32 in [-1, 1]; `postprocess` inverts."""
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' name and type)
+
+    def __init__(self, size: int = 256, **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+
+    def preprocess(self, images: Picture | list[Picture], return_tensors: str = "pt", **kwargs) -> BatchFeature:
+        """Pictures, paths, bytes or uint8 arrays [H, W, 3] / [3, H, W] -> pixel_values [B, 3, size, size].
+
+        Raises ImageError for a file that cannot be read.
+        """
+        listed = images if isinstance(images, (list, tuple)) else [images]
+        pixels = [image_bytes(fit_image(self._open(image), self.size)) for image in listed]
+        return BatchFeature({"pixel_values": to_float(torch.stack(pixels))}, tensor_type=return_tensors)
+
+    def postprocess(self, images: Tensor) -> list[Image.Image]:
+        """Images [B, 3, H, W] in [-1, 1] -> pictures."""
+        return [to_picture(image) for image in images]
+
+    def _open(self, image: Picture) -> Image.Image:
+        if isinstance(image, Tensor):
+            image = image.cpu().numpy()
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image if image.shape[-1] == 3 else np.moveaxis(image, 0, -1))
+        return read_image(image)

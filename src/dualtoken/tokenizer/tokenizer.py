@@ -1,0 +1,133 @@
+"""The vision tokenizer: image -> pixel and semantic codes -> image, and meaning (paper section 3.2, Fig. 4b).
+
+    images -- backbone -- layer 6  -- pixel branch ---- decoder -- images
+                  |
+                  +------ layer 26 -- semantic branch -- last blocks, norm, pooling -- pooled feature
+
+Shapes: B batch, N positions, P class or register tokens of the backbone (0 for SigLIP), D depth, C width.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
+
+from dualtoken.core.codes import DualCodes
+from dualtoken.core.pretrained import StrictModel
+from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
+from dualtoken.tokenizer.branch import Branch, BranchConfig, BranchOutput
+from dualtoken.tokenizer.decoder import Decoder, DecoderConfig
+from dualtoken.tokenizer.image_processor import DualTokenImageProcessor
+from dualtoken.tokenizer.quantizer import QuantizerConfig
+
+SHORTCUT_LAYER = 4  # of the paper's repository; the paper itself has none
+
+
+class DualTokenVisionConfig(PreTrainedConfig):
+    """Everything needed to build the tokenizer: the dataclasses of its parts, as dicts."""
+
+    model_type = "dualtoken-tokenizer"
+
+    def __init__(
+        self,
+        backbone: dict | None = None,
+        pixel: dict | None = None,
+        semantic: dict | None = None,
+        decoder: dict | None = None,
+        **kwargs,
+    ):
+        self.backbone = backbone or asdict(BackboneConfig())
+        self.pixel = pixel or asdict(BranchConfig())
+        self.semantic = semantic or asdict(BranchConfig())
+        self.decoder = decoder or asdict(DecoderConfig())
+        super().__init__(**kwargs)
+
+
+@dataclass
+class TokenizerOutput:
+    """A training pass."""
+
+    images: Tensor  # [B, 3, H, W], reconstructed, about -1 to 1
+    pixel: BranchOutput  # features [B, N, C]
+    semantic: BranchOutput  # features [B, P + N, C]
+    pooled: Tensor  # [B, C], from the quantised semantic features
+
+
+def _branch(config: dict) -> BranchConfig:
+    return BranchConfig(**config | {"quantizer": QuantizerConfig(**config["quantizer"])})
+
+
+class DualTokenVisionTokenizer(StrictModel):
+    """Images [B, 3, H, W] in [-1, 1] to codes of two vocabularies and back.
+
+    Class and register tokens of a backbone go through the semantic branch as extra positions, first in line; the
+    pixel branch and the language model never see them.
+    """
+
+    config_class = DualTokenVisionConfig
+    main_input_name = "images"
+
+    def __init__(self, config: DualTokenVisionConfig):
+        super().__init__(config)
+        self.backbone = Backbone(BackboneConfig(**config.backbone))
+        self.pixel = Branch(self.backbone.width, _branch(config.pixel))
+        self.semantic = Branch(self.backbone.width, _branch(config.semantic))
+        self.decoder = Decoder(self.backbone.width, self.backbone.grid, DecoderConfig(**config.decoder))
+        self.post_init()
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.backbone.image_size
+
+    @property
+    def positions(self) -> int:
+        """N, code positions of an image."""
+        return self.backbone.grid**2
+
+    def encode(self, images: Tensor) -> DualCodes:
+        """Images [B, 3, H, W] -> codes, pixel int64 [B, N, D] and semantic int64 [B, P + N, D]."""
+        pixel, shortcut, semantic = self._taps(images)
+        return DualCodes(self.pixel.encode(pixel, shortcut), self.semantic.encode(semantic))
+
+    def features(self, codes: DualCodes) -> tuple[Tensor, Tensor]:
+        """Codes -> features after quantisation: pixel [B, N, C] and semantic [B, P + N, C]."""
+        return self.pixel.lookup(codes.pixel), self.semantic.lookup(codes.semantic)
+
+    def decode(self, codes: DualCodes) -> Tensor:
+        """Codes -> images [B, 3, H, W], clamped to [-1, 1]. Only the pixel codes are looked at."""
+        return self.decoder(self.pixel.lookup(codes.pixel)).clamp(-1, 1)
+
+    def pool(self, semantic: Tensor) -> Tensor:
+        """Semantic features [B, P + N, C] -> pooled feature [B, C], in the space of the backbone's text tower."""
+        return self.backbone.pool(semantic, self.backbone.semantic_layer)
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """Reconstruct images [B, 3, H, W] with gradients; in training mode EMA codebooks take a step."""
+        pixel_features, shortcut, semantic_features = self._taps(images)
+        pixel = self.pixel(pixel_features, shortcut)
+        semantic = self.semantic(semantic_features)
+        return TokenizerOutput(self.decoder(pixel.features), pixel, semantic, self.pool(semantic.features))
+
+    def _taps(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Features for the pixel branch, for its shortcut (or None), and for the semantic branch, in one pass."""
+        prefix = self.backbone.prefix
+        wanted = {"pixel": self.backbone.pixel_layer, "semantic": self.backbone.semantic_layer}
+        if self.pixel.shortcut is not None:
+            wanted["shortcut"] = SHORTCUT_LAYER
+        layers = tuple(sorted(set(wanted.values())))
+        found = dict(zip(layers, self.backbone.taps(images, layers), strict=True))
+        shortcut = found[SHORTCUT_LAYER][:, prefix:] if "shortcut" in wanted else None
+        return found[wanted["pixel"]][:, prefix:], shortcut, found[wanted["semantic"]]
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: DualTokenVisionTokenizer, images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] through codes and back, clamped to [-1, 1]."""
+    return tokenizer.decode(tokenizer.encode(images))
+
+
+AutoConfig.register(DualTokenVisionConfig.model_type, DualTokenVisionConfig, exist_ok=True)
+AutoModel.register(DualTokenVisionConfig, DualTokenVisionTokenizer, exist_ok=True)
+AutoImageProcessor.register(DualTokenVisionConfig, slow_image_processor_class=DualTokenImageProcessor, exist_ok=True)

@@ -1,0 +1,75 @@
+"""The perceptual term of the reconstruction loss (paper eq. 3).
+
+With weights given by path it is LPIPS (Zhang et al., 2018). Without, it compares shallow features of the frozen
+teacher and is reported as `teacher_perceptual`, never as LPIPS: the two are not comparable numbers.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional.image.lpips import _LPIPS
+
+from dualtoken.core.errors import UserError
+from dualtoken.tokenizer.backbone import Backbone
+
+
+class TeacherPerceptual(nn.Module):
+    """Distance of images in layers of a frozen backbone, channels normalised at each position as LPIPS does."""
+
+    name = "teacher_perceptual"
+
+    def __init__(self, backbone: Backbone, layers: tuple[int, ...] | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.layers = layers or tuple(sorted({1, backbone.pixel_layer}))
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Two batches [B, 3, H, W] in [-1, 1] -> scalar, 0 for equal ones; no gradient to `targets`."""
+        with torch.no_grad():
+            wanted = self.backbone.taps(targets, self.layers)
+        found = self.backbone.taps(images, self.layers)
+        pairs = zip(found, wanted, strict=True)
+        parts = [(F.normalize(f, dim=-1) - F.normalize(w, dim=-1)).square().sum(-1).mean() for f, w in pairs]
+        return torch.stack(parts).mean()
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance on frozen AlexNet or VGG features.
+
+    Args:
+        net: "vgg" or "alex".
+        weights: torchvision's file of the network, e.g. vgg16-397923af.pth. The linear layers of LPIPS come with
+            torchmetrics. Raises UserError where the file is missing or of another network.
+    """
+
+    name = "lpips"
+
+    def __init__(self, net: str, weights: str | Path):
+        super().__init__()
+        if net not in ("vgg", "alex"):
+            raise UserError(f"lpips net {net!r} must be 'vgg' or 'alex'")
+        path = Path(weights)
+        if not path.is_file():
+            raise UserError(
+                f"lpips weights {path}: no such file; torchvision publishes it as the ImageNet weights of {net}"
+            )
+        model = _LPIPS(pretrained=True, net=net, pnet_rand=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            features = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+            for name, place in model.net.named_parameters():  # "slice2.5.weight" is torchvision's "features.5.weight"
+                place.data.copy_(features[name.split(".", 1)[1]])
+        except (KeyError, RuntimeError, AttributeError) as error:
+            raise UserError(f"lpips weights {path}: not those of torchvision's {net} ({error})") from None
+        self.model = model.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Two batches [B, 3, H, W] in [-1, 1] -> scalar mean distance."""
+        return self.model(images, targets).mean()
+
+
+def build_perceptual(teacher: Backbone, net: str, weights: str | None) -> LPIPS | TeacherPerceptual:
+    """LPIPS where weights are given, else the teacher's own features."""
+    return LPIPS(net, weights) if weights else TeacherPerceptual(teacher)
