@@ -48,7 +48,7 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """Ratio of the two losses' gradient norms at the decoder's last layer, clamped to [0.3, 10] (Esser et al., 2021)."""
+    """Ratio of the two losses' gradient norms at the decoder's last layer, within 0.3 to 10 (Esser et al., 2021)."""
     wanted = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].float().norm()
     found = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].float().norm()
     return (wanted / (found + 1e-6)).clamp(0.3, 10.0).detach()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dualtoken.core.distributed import is_distributed, rank
 from dualtoken.core.images import to_float
 from dualtoken.data.images import DataConfig, StepBatches, open_source, step_batches
-from dualtoken.tokenizer.backbone import BackboneConfig
+from dualtoken.tokenizer.backbone import BackboneConfig, Stem
 from dualtoken.tokenizer.encoder import (
     ImageTextConfig,
     ImageTextEncoder,
@@ -89,6 +89,7 @@ def train_encoder(
     text: TextConfig = TextConfig(),
     optim: OptimConfig = OptimConfig(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, warmup=200),
     caption_weight: float = 1.0,
+    grow_stem: int = 0,
     loop: LoopConfig = LoopConfig(),
 ) -> dict[str, Any]:
     """Train an image-text encoder on scenes or on your own pictures with captions.
@@ -99,6 +100,7 @@ def train_encoder(
         resume: auto = go on where the folder's run stopped; never = refuse a folder that holds a run.
         seed: of weights, order of data and everything random.
         caption_weight: of the captioning loss; 0 = contrastive only.
+        grow_stem: steps for which the residual convolutions of a stem stand still: colors first, then shapes.
     """
     settings = dict(locals())
     run = Loop(output, steps, seed, resume, loop, settings)
@@ -120,6 +122,7 @@ def train_encoder(
         trainer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     trainer.train()
+    residual = [p for m in trainer.modules() if isinstance(m, Stem) for p in m.residual_parameters()]
     stream = step_batches(batches, run.start * loop.accumulate, steps * loop.accumulate, data.workers)
     for step in run.run():
         optim.step(optimizer, step, steps)
@@ -131,6 +134,8 @@ def train_encoder(
             loss = parts["sigmoid"] + caption_weight * parts.get("caption", 0.0)
             run.check(step, parts)
             run.accelerator.backward(loss / loop.accumulate)
+        for parameter in residual if step < grow_stem else ():
+            parameter.grad = None
         norm = run.accelerator.clip_grad_norm_(trainer.parameters(), optim.clip or 1e9)
         run.check(step, {"gradient": norm})
         optimizer.step()

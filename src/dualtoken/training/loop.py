@@ -115,7 +115,7 @@ class Loop:
         self.start = state["step"]
         earlier = json.loads((self.output / "settings.json").read_text())
         changed = sorted(
-            k for k in self._settings if self._settings[k] != earlier.get(k) and k not in ("loop", "resume")
+            k for k in self._settings if self._settings[k] != earlier.get(k) and k not in ("output", "loop", "resume")
         )
         if changed:
             raise UserError(

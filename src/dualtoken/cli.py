@@ -1,0 +1,168 @@
+"""The command line: a dict of functions, each imported when it is called, so that `--help` is quick."""
+
+import importlib
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from dualtoken.core.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Command(NamedTuple):
+    """Where a function is, what it does, and how it is called."""
+
+    target: str
+    help: str
+    example: str
+
+
+COMMANDS: dict[str, Command | dict[str, Command]] = {
+    "demo": Command(
+        "dualtoken.app.demo:demo",
+        "the bundled miniature at work on unseen pictures: a report to look at",
+        "dualtoken demo --image my.jpg",
+    ),
+    "info": Command(
+        "dualtoken.app.info:info", "parameters by part, sizes and codes of a model", "dualtoken info mini"
+    ),
+    "encode": Command(
+        "dualtoken.app.files:encode", "pictures -> a file of codes", "dualtoken encode photos/ --output codes.safetensors"
+    ),
+    "decode": Command(
+        "dualtoken.app.files:decode", "a file of codes -> pictures", "dualtoken decode codes.safetensors --output out/"
+    ),
+    "reconstruct": Command(
+        "dualtoken.app.files:reconstruct", "pictures -> codes -> pictures", "dualtoken reconstruct photos/ --output out/"
+    ),
+    "eval": {
+        "reconstruction": Command(
+            "dualtoken.eval.commands:reconstruction",
+            "PSNR, SSIM and Frechet distances of reconstructions",
+            "dualtoken eval reconstruction --data photos/ --output result.json",
+        ),
+        "zero-shot": Command(
+            "dualtoken.eval.commands:zero_shot",
+            "zero-shot accuracy from semantic codes, beside the continuous teacher",
+            "dualtoken eval zero-shot --model mini",
+        ),
+        "retrieval": Command(
+            "dualtoken.eval.commands:retrieval",
+            "image-text retrieval R@1 from semantic codes, beside the continuous teacher",
+            "dualtoken eval retrieval --model mini",
+        ),
+    },
+    "train-encoder": Command(
+        "dualtoken.training.encoder:train_encoder",
+        "train an image-text encoder (the pretrained SigLIP of the miniature)",
+        "dualtoken train-encoder --config mini-encoder",
+    ),
+    "train-tokenizer": Command(
+        "dualtoken.training.tokenizer:train_tokenizer",
+        "train the vision tokenizer on scenes, a folder or shards",
+        "dualtoken train-tokenizer --config mini-tokenizer --data.source photos/",
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 after a mistake of the user's."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def run() -> None:
+    """The installed `dualtoken`."""
+    sys.exit(main())
+
+
+def _run(arguments: list[str]) -> int:
+    table, path = COMMANDS, ["dualtoken"]
+    while True:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(_help(table, path))
+            return 0
+        if arguments[0] == "--version":
+            print(importlib.import_module("importlib.metadata").version("dualtoken"))
+            return 0
+        name = arguments.pop(0)
+        if name not in table:
+            near = get_close_matches(name, table, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{' '.join(path)} has no command {name!r}{hint} See {' '.join(path)} --help")
+        path.append(name)
+        if isinstance(table[name], Command):
+            return _call(table[name], path, arguments)
+        table = table[name]
+
+
+def _help(table: dict, path: list[str]) -> str:
+    """The commands of a table with an example each."""
+    lines = [f"usage: {' '.join(path)} COMMAND [options]", ""]
+    if path == ["dualtoken"]:
+        lines[1:1] = ["", "One vision tokenizer with pixel and semantic codes (DualToken). Start with: dualtoken demo"]
+    for name, command in table.items():
+        text = command.help if isinstance(command, Command) else f"{', '.join(command)}: measure a model"
+        lines.append(f"  {name:16} {text}")
+    examples = [c.example for c in table.values() if isinstance(c, Command)]
+    return "\n".join([*lines, "", "examples:", *(f"  {e}" for e in examples), "", "Options: COMMAND --help"])
+
+
+def _call(command: Command, path: list[str], arguments: list[str]) -> int:
+    """Parse options for the function and call it. A recipe's name stands for its file."""
+    import jsonargparse
+
+    arguments = [_recipe(arguments[i - 1] if i else "", a) for i, a in enumerate(arguments)]
+    module, name = command.target.split(":")
+    function = getattr(importlib.import_module(module), name)
+    parser = jsonargparse.ArgumentParser(
+        prog=" ".join(path),
+        description=command.help,
+        epilog=f"example: {command.example}",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML recipe, by path or by name")
+    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
+    try:
+        settings = parser.parse_args(arguments)
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(_explain(str(error), parser, path)) from None
+    settings.pop("config", None)
+    function(**parser.instantiate(settings).as_dict())
+    return 0
+
+
+def _recipe(option: str, value: str) -> str:
+    """`--config NAME` -> the path of the shipped recipe. Raises UserError naming those there are."""
+    prefix, text = ("--config=", value[9:]) if value.startswith("--config=") else ("", value)
+    if (option != "--config" and not prefix) or Path(text).is_file():
+        return value
+    shipped = {p.stem: str(p) for p in sorted(RECIPES.glob("*.yaml"))}
+    if text not in shipped:
+        raise UserError(f"--config {text}: no such file or recipe; shipped recipes: {', '.join(shipped)}")
+    return prefix + shipped[text]
+
+
+def _explain(message: str, parser, path: list[str]) -> str:
+    """jsonargparse's message in one line, with the nearest valid key for one that is not known."""
+    import re
+
+    keys = [a.dest for a in parser._actions if a.dest not in ("help", "config")]
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    found = re.search(r"(?:Unrecognized arguments: -*|[Kk]ey '|[Oo]ption '|keys: \W*)([\w.\-]+)", line)
+    if found and found[1] not in keys:
+        near = get_close_matches(found[1], keys, 1, 0.4) or get_close_matches(
+            found[1].split(".")[-1], [k.split(".")[-1] for k in keys], 1, 0.4
+        )
+        hint = f"; the nearest valid key is {near[0]!r}" if near else ""
+        return f"unknown key {found[1]!r}{hint} (all: {' '.join(path)} --help)"
+    return f"{line[:400]} (options: {' '.join(path)} --help)"

@@ -1,0 +1,94 @@
+"""How well pictures come back from their codes (paper Table 1, right half).
+
+PSNR and SSIM by torchmetrics on values in [0, 1]; LPIPS and FID where weights are given by path; always the Frechet
+distance in the teacher's pooled features. The last is not an FID and must not be compared with one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image import (
+    FrechetInceptionDistance,
+    PeakSignalNoiseRatio,
+    StructuralSimilarityIndexMeasure,
+)
+
+from dualtoken.core.images import to_bytes, to_float
+from dualtoken.tokenizer.backbone import Backbone
+from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
+
+
+@dataclass
+class ReconstructionResult:
+    """Means over all pictures. Usage: share of a codebook's rows met at least once."""
+
+    images: int
+    psnr: float  # dB, mean of the pictures' values
+    ssim: float
+    teacher_frechet: float  # Frechet distance of the teacher's pooled features; nan without a teacher
+    pixel_usage: float
+    semantic_usage: float
+    lpips: float | None = None
+    fid: float | None = None
+
+
+class _TeacherFeatures(nn.Module):
+    """The feature extractor that torchmetrics' Frechet distance asks for: uint8 images -> [B, C]."""
+
+    def __init__(self, teacher: Backbone):
+        super().__init__()
+        self.teacher, self.num_features = teacher, teacher.width
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.teacher(to_float(images))
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    tokenizer: DualTokenVisionTokenizer,
+    batches: Iterable[Tensor],
+    teacher: Backbone | None = None,
+    lpips: nn.Module | None = None,
+    inception: str | None = None,
+) -> ReconstructionResult:
+    """Put uint8 batches [B, 3, S, S] through the codes and compare.
+
+    Args: lpips: a `training.perceptual.LPIPS`; inception: path of torch-fidelity's Inception weights, for FID.
+    """
+    device = tokenizer.device
+    psnr = PeakSignalNoiseRatio(data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3)).to(device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
+    distances: dict[str, FrechetInceptionDistance] = {}
+    if teacher is not None:
+        distances["teacher_frechet"] = FrechetInceptionDistance(_TeacherFeatures(teacher.to(device).eval())).to(device)
+    if inception is not None:
+        distances["fid"] = FrechetInceptionDistance(2048, feature_extractor_weights_path=inception).to(device)
+    used = {"pixel": set(), "semantic": set()}
+    perceptual, count = 0.0, 0
+    for pixels in batches:
+        codes = tokenizer.encode(to_float(pixels.to(device)))
+        for name in used:
+            used[name].update(getattr(codes, name).unique().tolist())
+        found, wanted = to_bytes(tokenizer.decode(codes)), pixels.to(device)
+        psnr.update(found / 255.0, wanted / 255.0)
+        ssim.update(found / 255.0, wanted / 255.0)
+        for distance in distances.values():
+            distance.update(wanted, real=True)
+            distance.update(found, real=False)
+        if lpips is not None:
+            perceptual += float(lpips(to_float(found), to_float(wanted))) * len(found)
+        count += len(found)
+    values = {name: float(d.compute()) if count > 1 else float("nan") for name, d in distances.items()}
+    sizes = {n: getattr(tokenizer, n).quantizer.config.codebook_size for n in used}
+    return ReconstructionResult(
+        images=count,
+        psnr=float(psnr.compute()),
+        ssim=float(ssim.compute()),
+        teacher_frechet=values.get("teacher_frechet", float("nan")),
+        pixel_usage=len(used["pixel"]) / sizes["pixel"],
+        semantic_usage=len(used["semantic"]) / sizes["semantic"],
+        lpips=perceptual / max(1, count) if lpips is not None else None,
+        fid=values.get("fid"),
+    )

@@ -1,0 +1,46 @@
+"""Where a tokenizer's backbone starts: an encoder of ours, a SigLIP model of transformers, or at random."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dualtoken.core.errors import UserError
+from dualtoken.core.pretrained import check_directory
+from dualtoken.tokenizer.backbone import Backbone, BackboneConfig, map_siglip_keys
+from dualtoken.tokenizer.encoder import ImageTextConfig, ImageTextEncoder
+
+
+def load_backbone(directory: str | None, config: BackboneConfig) -> tuple[BackboneConfig, dict[str, Tensor] | None]:
+    """Shape and weights of a backbone.
+
+    An encoder of ours brings its own shape, of which only the layers to tap are taken from `config`; a SigLIP model
+    must fit the shape of `config`. Without a directory: `config` and None. Raises UserError for other models.
+    """
+    if directory is None:
+        return config, None
+    path = check_directory(directory, "--encoder")
+    kind = json.loads((path / "config.json").read_text()).get("model_type")
+    if kind == ImageTextConfig.model_type:
+        encoder = ImageTextEncoder.from_pretrained(path)
+        shape = BackboneConfig(**encoder.config.backbone)
+        layers = {k: getattr(config, k) or getattr(shape, k) for k in ("pixel_layer", "semantic_layer")}
+        return replace(shape, **layers), encoder.backbone.state_dict()
+    if kind in ("siglip", "siglip_vision_model", "siglip2"):
+        return config, _siglip(path, config)
+    raise UserError(f"--encoder {directory}: holds a {kind!r} model; give an image-text encoder or a SigLIP model")
+
+
+def _siglip(path: Path, config: BackboneConfig) -> dict[str, Tensor]:
+    """The image tower of transformers' SigLIP weights, under the backbone's names, if its shape fits."""
+    vision = {k: v for k, v in load_file(path / "model.safetensors").items() if k.startswith("vision_model.")}
+    backbone = Backbone(config)
+    mapped = {f"vit.{k}": v.float() for k, v in map_siglip_keys(vision, backbone.layers).items()}
+    try:
+        backbone.load_state_dict(mapped)
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()[1].strip()
+        raise UserError(f"--encoder {path}: does not fit --backbone.name {config.name} ({line})") from None
+    return backbone.state_dict()
