@@ -25,17 +25,19 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "the bundled miniature at work on unseen pictures: a report to look at",
         "dualtoken demo --image my.jpg",
     ),
-    "info": Command(
-        "dualtoken.app.info:info", "parameters by part, sizes and codes of a model", "dualtoken info mini"
-    ),
+    "info": Command("dualtoken.app.info:info", "parameters by part, sizes and codes of a model", "dualtoken info mini"),
     "encode": Command(
-        "dualtoken.app.files:encode", "pictures -> a file of codes", "dualtoken encode photos/ --output codes.safetensors"
+        "dualtoken.app.files:encode",
+        "pictures -> a file of codes",
+        "dualtoken encode photos/ --output codes.safetensors",
     ),
     "decode": Command(
         "dualtoken.app.files:decode", "a file of codes -> pictures", "dualtoken decode codes.safetensors --output out/"
     ),
     "reconstruct": Command(
-        "dualtoken.app.files:reconstruct", "pictures -> codes -> pictures", "dualtoken reconstruct photos/ --output out/"
+        "dualtoken.app.files:reconstruct",
+        "pictures -> codes -> pictures",
+        "dualtoken reconstruct photos/ --output out/",
     ),
     "eval": {
         "reconstruction": Command(
@@ -96,8 +98,8 @@ def _run(arguments: list[str]) -> int:
             return 0
         name = arguments.pop(0)
         if name not in table:
-            near = get_close_matches(name, table, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = get_close_matches(name, table, 1, 0.4)
+            hint = f": did you mean {near[0]!r}?" if near else "."
             raise UserError(f"{' '.join(path)} has no command {name!r}{hint} See {' '.join(path)} --help")
         path.append(name)
         if isinstance(table[name], Command):
@@ -129,6 +131,7 @@ def _call(command: Command, path: list[str], arguments: list[str]) -> int:
         description=command.help,
         epilog=f"example: {command.example}",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML recipe, by path or by name")
     parser.add_function_arguments(function, as_positional=True, sub_configs=True)
@@ -158,11 +161,11 @@ def _explain(message: str, parser, path: list[str]) -> str:
 
     keys = [a.dest for a in parser._actions if a.dest not in ("help", "config")]
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
-    found = re.search(r"(?:Unrecognized arguments: -*|[Kk]ey '|[Oo]ption '|keys: \W*)([\w.\-]+)", line)
+    found = re.search(r"(?i)(?:unrecognized arguments: -*|key '|option '|keys: \W*)([\w.\-]+)", line)
     if found and found[1] not in keys:
-        near = get_close_matches(found[1], keys, 1, 0.4) or get_close_matches(
-            found[1].split(".")[-1], [k.split(".")[-1] for k in keys], 1, 0.4
-        )
-        hint = f"; the nearest valid key is {near[0]!r}" if near else ""
+        name = found[1].replace("-", "_")
+        last = {key.split(".")[-1]: key for key in reversed(keys)}
+        near = get_close_matches(name, keys, 1, 0.8) or get_close_matches(name.split(".")[-1], last, 1, 0.5)
+        hint = f"; the nearest valid key is {last.get(near[0], near[0])!r}" if near else ""
         return f"unknown key {found[1]!r}{hint} (all: {' '.join(path)} --help)"
     return f"{line[:400]} (options: {' '.join(path)} --help)"

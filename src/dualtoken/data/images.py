@@ -4,6 +4,7 @@ A source gives sample number `index`; a step's batch is a function of (seed, ste
 state but its step to go on exactly, and the number of loading processes does not change what is learnt.
 """
 
+import itertools
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import webdataset.shardlists
 import webdataset.tariterators
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import IMAGE_SUFFIXES, ImageError, fit_image, image_bytes, list_images, read_image
@@ -152,15 +154,62 @@ class Shards:
         return Sample(image_bytes(fit_image(picture, self.size)), caption, label, name)
 
 
-def open_source(config: DataConfig, size: int, split: str = "train") -> Source:
-    """The source that `config.source` names, with pictures of side `size`."""
+def open_source(config: DataConfig, size: int, split: str = "train", option: str = "--data.source") -> Source:
+    """The source that `config.source` names, with pictures of side `size`; `option` is named in errors."""
     from dualtoken.data.scenes import Scenes  # scenes builds on this file
 
     if config.source == "scenes":
         return Scenes(size, split, config.seed)
     if config.source.endswith(".tar"):
-        return Shards(config.source, size)
-    return ImageFolder(config.source, size)
+        return Shards(config.source, size, option)
+    return ImageFolder(config.source, size, option)
+
+
+def collate(samples: list[Sample], skipped: list[str]) -> Batch:
+    """Samples of one size as a batch."""
+    return Batch(
+        images=torch.stack([s.image for s in samples]),
+        captions=[s.caption for s in samples],
+        labels=torch.tensor([s.label for s in samples]),
+        names=[s.name for s in samples],
+        skipped=skipped,
+    )
+
+
+def read_in_order(
+    source: Source, images: int, batch_size: int, skipped: list[str], labelled: bool = False
+) -> Iterator[Batch]:
+    """Up to `images` pictures in the source's order, each once; with `labelled` only those that have a label.
+
+    Files that cannot be read are left out and named in `skipped`. Raises UserError where no picture is left.
+    """
+    indices = itertools.count() if source.endless else range(len(source))
+    total = images if source.endless else min(images, len(source))
+    held: list[Sample] = []
+    taken = 0
+    with tqdm(total=total, desc="pictures", disable=None) as progress:
+        for index in indices:
+            if taken == total:
+                break
+            try:
+                sample = source[index]
+            except ImageError as error:
+                skipped.append(str(error))
+                continue
+            if labelled and sample.label < 0:
+                continue
+            held.append(sample)
+            taken += 1
+            progress.update()
+            if len(held) == batch_size:
+                yield collate(held, [])
+                held = []
+        if held:
+            yield collate(held, [])
+    if skipped:
+        print(f"skipped {len(skipped)} pictures that could not be read, the first: {skipped[0]}")
+    if not taken:
+        raise UserError("no picture could be used" + (f", the first: {skipped[0]}" if skipped else ""))
 
 
 class StepBatches(Dataset):
@@ -183,13 +232,7 @@ class StepBatches(Dataset):
                     skipped.append(str(error))
             else:
                 raise UserError(f"100 pictures in a row could not be read, the last: {skipped[-1]}")
-        return Batch(
-            images=torch.stack([s.image for s in samples]),
-            captions=[s.caption for s in samples],
-            labels=torch.tensor([s.label for s in samples]),
-            names=[s.name for s in samples],
-            skipped=skipped,
-        )
+        return collate(samples, skipped)
 
     def _index(self, place: int, attempt: int) -> int:
         """Sample at a place of the endless sequence of epochs; attempts after the first draw a substitute."""
