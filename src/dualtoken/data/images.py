@@ -22,6 +22,24 @@ from tqdm import tqdm
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import IMAGE_SUFFIXES, ImageError, fit_image, image_bytes, list_images, read_image
 
+# Photographs in scikit-image's wheel, color first
+PHOTOGRAPHS = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "rocket.jpg",
+    "hubble_deep_field.jpg",
+    "retina.jpg",
+    "motorcycle_left.png",
+    "ihc.png",
+    "camera.png",
+    "coins.png",
+    "moon.png",
+    "grass.png",
+    "gravel.png",
+    "brick.png",
+)
+
 
 @dataclass
 class Sample:
@@ -50,7 +68,7 @@ class DataConfig:
 
     Args:
         source: "scenes" (the bundled world), a folder (class folders are labels, `name.txt` beside a picture is
-            its caption), or webdataset shards: "data/{000..099}.tar".
+            its caption), webdataset shards: "data/{000..099}.tar", or "photographs" (those scikit-image ships).
         batch_size: pictures a process and step.
         workers: loading processes; 0 = in the training process.
         seed: of the bundled world.
@@ -94,6 +112,15 @@ class ImageFolder:
         if not caption and label >= 0:
             caption = f"a {self.classes[label].replace('_', ' ')}"
         return Sample(image_bytes(fit_image(read_image(file), self.size)), caption, label, str(file))
+
+
+def photographs(size: int) -> ImageFolder:
+    """The photographs that scikit-image ships, without captions or labels."""
+    import skimage
+
+    source = ImageFolder(skimage.data_dir, size)
+    source.files = [source.root / name for name in PHOTOGRAPHS]
+    return source
 
 
 class Shards:
@@ -160,6 +187,8 @@ def open_source(config: DataConfig, size: int, split: str = "train", option: str
 
     if config.source == "scenes":
         return Scenes(size, split, config.seed)
+    if config.source == "photographs":
+        return photographs(size)
     if config.source.endswith(".tar"):
         return Shards(config.source, size, option)
     return ImageFolder(config.source, size, option)

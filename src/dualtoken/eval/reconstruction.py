@@ -9,11 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image import (
-    FrechetInceptionDistance,
-    PeakSignalNoiseRatio,
-    StructuralSimilarityIndexMeasure,
-)
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dualtoken.core.images import to_bytes, to_float
 from dualtoken.tokenizer.backbone import Backbone

@@ -9,14 +9,15 @@ from typing import Any
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns of text, numbers to the right; None is printed as "-"."""
-    cells = [[_cell(value) for value in row] for row in [header, *rows]]
+    cells = [[cell(value) for value in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
              for row in cells]  # fmt: skip
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as text: four digits of a float, "-" for None."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -122,8 +122,9 @@ def _stem_strides(widths: tuple[int, ...]) -> tuple[int, ...]:
 class Stem(nn.Module):
     """3x3 convolutions [B, 3, H, W] -> [B, C, h, h]; those that keep the width are residual and start at zero.
 
-    So training starts from a shallow stem, which finds colors at once, and grows a deep one, which finds shapes.
-    Started deep, with or without skips, it had shape right in 97 % of pictures and color at chance (LOG.md).
+    So training can start from a shallow stem, which finds colors at once, and grow a deep one, which finds shapes
+    (`grow_stem` of train-encoder). Trained deep from the first step, it had shapes right in 97 % of pictures and
+    colors at chance (LOG.md).
     """
 
     def __init__(self, in_channels: int, widths: tuple[int, ...]):

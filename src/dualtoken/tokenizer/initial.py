@@ -11,26 +11,27 @@ from dualtoken.core.errors import UserError
 from dualtoken.core.pretrained import check_directory
 from dualtoken.tokenizer.backbone import Backbone, BackboneConfig, map_siglip_keys
 from dualtoken.tokenizer.encoder import ImageTextConfig, ImageTextEncoder
+from dualtoken.tokenizer.presets import BUNDLED, encoder_directory
 
 
-def load_backbone(directory: str | None, config: BackboneConfig) -> tuple[BackboneConfig, dict[str, Tensor] | None]:
-    """Shape and weights of a backbone.
+def load_backbone(encoder: str | None, config: BackboneConfig) -> tuple[BackboneConfig, dict[str, Tensor] | None]:
+    """Shape and weights of a backbone; `encoder` is a directory or a preset.
 
     An encoder of ours brings its own shape, of which only the layers to tap are taken from `config`; a SigLIP model
-    must fit the shape of `config`. Without a directory: `config` and None. Raises UserError for other models.
+    must fit the shape of `config`. Without an encoder: `config` and None. Raises UserError for other models.
     """
-    if directory is None:
+    if encoder is None:
         return config, None
-    path = check_directory(directory, "--encoder")
+    path = encoder_directory(encoder) if encoder in BUNDLED else check_directory(encoder, "--encoder")
     kind = json.loads((path / "config.json").read_text()).get("model_type")
     if kind == ImageTextConfig.model_type:
-        encoder = ImageTextEncoder.from_pretrained(path)
-        shape = BackboneConfig(**encoder.config.backbone)
+        model = ImageTextEncoder.from_pretrained(path)
+        shape = BackboneConfig(**model.config.backbone)
         layers = {k: getattr(config, k) or getattr(shape, k) for k in ("pixel_layer", "semantic_layer")}
-        return replace(shape, **layers), encoder.backbone.state_dict()
+        return replace(shape, **layers), model.backbone.state_dict()
     if kind in ("siglip", "siglip_vision_model", "siglip2"):
         return config, _siglip(path, config)
-    raise UserError(f"--encoder {directory}: holds a {kind!r} model; give an image-text encoder or a SigLIP model")
+    raise UserError(f"--encoder {encoder}: holds a {kind!r} model; give an image-text encoder or a SigLIP model")
 
 
 def _siglip(path: Path, config: BackboneConfig) -> dict[str, Tensor]:

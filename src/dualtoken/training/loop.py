@@ -167,7 +167,7 @@ class Loop:
                 self.say(f"skipped: {line}")
         if not self.main or not self.due(step, self.config.log_every):
             return
-        numbers = {k: float(v) for k, v in values.items()}
+        numbers = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in values.items()}
         speed = (step + 1 - self._at) / max(1e-9, time.time() - self._since)
         self._since, self._at = time.time(), step + 1
         self._bar.set_postfix({k: f"{v:.3g}" for k, v in list(numbers.items())[:6]}, refresh=False)

@@ -76,7 +76,7 @@ def train_tokenizer(
 
     Args:
         output: folder of the run; the tokenizer is written to OUTPUT/model.
-        encoder: directory of the pretrained image tower, from train-encoder or a SigLIP model of transformers;
+        encoder: the pretrained image tower: a directory from train-encoder, a SigLIP model of transformers, a preset;
             without one the backbone starts at random and meaning cannot be kept.
         resume: auto = go on where the folder's run stopped; never = refuse a folder that holds a run.
         seed: of weights, order of data and everything random.

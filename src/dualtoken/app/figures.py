@@ -1,0 +1,119 @@
+"""The pictures of the demo report, drawn with matplotlib into PNG files.
+
+Shapes: M pictures, S side in pixels, N = grid * grid positions, D depth.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+PIXEL, SEMANTIC, TEACHER = "#2f6fb5", "#c2571a", "#8a93a3"
+
+
+def _show(axes: Axes, pixels: Tensor, title: str = "") -> None:
+    """A uint8 picture [3, S, S] or float map [h, w, 3], every pixel a square."""
+    image = pixels.permute(1, 2, 0) if pixels.dtype == torch.uint8 else pixels
+    axes.imshow(image.numpy(), interpolation="nearest")
+    axes.set_title(title, fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _grid(rows: int, columns: int, labels: Sequence[str], side: float = 1.25) -> tuple[Any, Any]:
+    """Figure and axes [rows, columns] with a label at the left of each row."""
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(side * columns + 1, side * rows + 0.3), squeeze=False, layout="constrained"
+    )
+    for row, label in enumerate(labels):
+        axes[row, 0].set_ylabel(label, fontsize=9)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def draw_reconstructions(path: Path, originals: Tensor, found: Tensor, names: Sequence[str]) -> Path:
+    """Originals, reconstructions (both uint8 [M, 3, S, S]) and the size of the error, one picture a column."""
+    figure, axes = _grid(3, len(originals), ("original", "from codes", "error"))
+    error = (originals.float() - found.float()).abs().mean(1) / 255
+    for i, name in enumerate(names):
+        _show(axes[0, i], originals[i], name)
+        _show(axes[1, i], found[i])
+        last = axes[2, i].imshow(error[i].numpy(), cmap="magma", vmin=0, vmax=0.3)
+        axes[2, i].set_xticks([])
+        axes[2, i].set_yticks([])
+    figure.colorbar(last, ax=axes[2, -1], label="mean |error|, 0 to 1", shrink=0.9).ax.tick_params(labelsize=7)
+    return _save(figure, path)
+
+
+def code_colors(weight: Tensor) -> Tensor:
+    """A color in [0, 1] for each row of a codebook [K, C] -> [K, 3]; near rows get near colors.
+
+    The three first principal axes of the rows are red, green and blue, each by rank.
+    """
+    centered = weight - weight.mean(0)
+    axes = torch.linalg.svd(centered, full_matrices=False).Vh[:3]
+    rank = (centered @ axes.t()).argsort(0).argsort(0)
+    return rank.float() / max(1, len(weight) - 1)
+
+
+def draw_code_maps(path: Path, originals: Tensor, maps: dict[str, Tensor], names: Sequence[str]) -> Path:
+    """Pictures uint8 [M, 3, S, S] above color maps [M, h, w, 3] of their codes, a row a vocabulary."""
+    figure, axes = _grid(1 + len(maps), len(originals), ("picture", *maps))
+    for i, name in enumerate(names):
+        _show(axes[0, i], originals[i], name)
+        for row, colors in enumerate(maps.values(), 1):
+            _show(axes[row, i], colors[i])
+    return _save(figure, path)
+
+
+def draw_neighbors(path: Path, queries: Tensor, found: dict[str, Tensor]) -> Path:
+    """Queries uint8 [M, 3, S, S], and for each vocabulary their neighbours uint8 [M, k, 3, S, S], side by side."""
+    count = next(iter(found.values())).shape[1]
+    figure, axes = _grid(len(queries), 1 + len(found) * (count + 1), [""] * len(queries), 0.95)
+    for row, query in enumerate(queries):
+        _show(axes[row, 0], query, "query" if row == 0 else "")
+        for block, (name, pictures) in enumerate(found.items()):
+            first = 1 + block * (count + 1)
+            axes[row, first].axis("off")
+            for k in range(count):
+                _show(axes[row, first + 1 + k], pictures[row, k], f"by {name} codes" if row == k == 0 else "")
+    return _save(figure, path)
+
+
+def draw_zero_shot(
+    path: Path, pictures: Tensor, scores: dict[str, Tensor], classes: Sequence[str], top: int = 4
+) -> Path:
+    """Pictures uint8 [M, 3, S, S] with bars of their likeliest classes; scores [M, L] sum to 1 for each reader."""
+    figure, axes = plt.subplots(
+        2, len(pictures), figsize=(1.75 * len(pictures) + 0.5, 3.4), squeeze=False, layout="constrained",
+        height_ratios=(1.3, 1),
+    )  # fmt: skip
+    colors = dict(zip(scores, (SEMANTIC, TEACHER), strict=False))
+    first = next(iter(scores.values()))
+    for i, picture in enumerate(pictures):
+        _show(axes[0, i], picture)
+        best = first[i].topk(top).indices
+        for n, (name, values) in enumerate(scores.items()):
+            places = torch.arange(top) + 0.38 * n
+            axes[1, i].barh(places.numpy(), values[i, best].numpy(), 0.36, color=colors[name], label=name)
+        axes[1, i].set_yticks(torch.arange(top).numpy() + 0.19, [classes[b] for b in best], fontsize=7)
+        axes[1, i].invert_yaxis()
+        axes[1, i].set_xlim(0, 1)
+        axes[1, i].tick_params(axis="x", labelsize=7)
+        axes[1, i].spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return _save(figure, path)
