@@ -158,7 +158,7 @@ def _show_pictures(
     photos = photographs(tokenizer.image_size).files[:SHOWN]
     sets = [("scenes", mixed, "Scenes that the model has never seen: one object, then several."),
             ("photographs", _files(tokenizer, photos), "Photographs that scikit-image ships. The miniature was trained "
-             "on drawn scenes only: it keeps layout and colors of a photograph and loses its detail.")]  # fmt: skip
+             "on drawn scenes only: of a photograph it keeps coarse light and color only.")]  # fmt: skip
     if own:
         sets.append(("yours", _files(tokenizer, list(own.values())[:SHOWN]), "Your pictures, cut to a square."))
     for name, pictures, caption in sets:

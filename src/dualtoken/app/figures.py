@@ -54,7 +54,7 @@ def draw_reconstructions(path: Path, originals: Tensor, found: Tensor, names: Se
         last = axes[2, i].imshow(error[i].numpy(), cmap="magma", vmin=0, vmax=0.3)
         axes[2, i].set_xticks([])
         axes[2, i].set_yticks([])
-    figure.colorbar(last, ax=axes[2, -1], label="mean |error|, 0 to 1", shrink=0.9).ax.tick_params(labelsize=7)
+    figure.colorbar(last, ax=axes[2, -1], label="|error|", shrink=0.9).ax.tick_params(labelsize=7)
     return _save(figure, path)
 
 

@@ -99,6 +99,7 @@ class Loop:
         self._settings = json.loads(json.dumps(settings, default=lambda v: asdict(v) if is_dataclass(v) else str(v)))
         self._last: Path | None = None
         self._skipped = 0
+        self._bar: tqdm | None = None
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
         if config.tracker == "tensorboard":
@@ -153,6 +154,8 @@ class Loop:
         finite = torch.stack([v.detach().float().isfinite().all() for v in parts.values()])
         if not bool(finite.all()):
             bad = [name for name, good in zip(parts, finite.tolist(), strict=True) if not good]
+            if self._bar is not None:
+                self._bar.close()  # before the error is printed, not over it
             good = self._last or "none yet (--loop.save_every)"
             raise UserError(
                 f"training stopped at step {step}: {', '.join(bad)} not finite; last good state: {good}; "

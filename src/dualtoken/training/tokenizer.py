@@ -193,12 +193,12 @@ def build_tokenizer(
 
 
 def set_trained(tokenizer: DualTokenVisionTokenizer, trains: tuple[str, ...]) -> None:
-    """Let the parameters whose names begin with one of `trains` learn; codebooks of other branches stand still."""
+    """Let the parameters whose names begin with one of `trains` learn; other EMA codebooks stand still."""
     tokenizer.train()
     for name, parameter in tokenizer.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(trains)))
     for name in ("pixel", "semantic"):
-        if not any(part.split(".")[0] == name for part in trains):
+        if not f"{name}.quantizer.codebook".startswith(tuple(trains)):
             getattr(tokenizer, name).eval()
 
 

@@ -1,0 +1,65 @@
+import importlib
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from dualtoken.cli import COMMANDS, RECIPES, Command, main
+
+
+def commands(table=COMMANDS, path=()):
+    for name, entry in table.items():
+        if isinstance(entry, Command):
+            yield (*path, name), entry
+        else:
+            yield from commands(entry, (*path, name))
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from dualtoken.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "dualtoken demo" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("path", "command"), list(commands()), ids=lambda v: " ".join(v) if isinstance(v, tuple) else ""
+)
+def test_every_command_explains_its_options(path, command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*path, "--help"])
+    text = " ".join(capsys.readouterr().out.split())  # argparse breaks lines
+    assert stop.value.code == 0 and command.example in text
+    function = getattr(importlib.import_module(command.target.split(":")[0]), command.target.split(":")[1])
+    for name in function.__annotations__:
+        assert name == "return" or name in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demos"], "did you mean 'demo'?"),
+        (["eval", "zeroshot"], "did you mean 'zero-shot'?"),
+        (["encode", "x", "--modl", "mini"], "nearest valid key is 'model'"),
+        (["train-tokenizer", "--config", "mini-tokeniser"], "shipped recipes: mini-encoder, mini-tokenizer"),
+        (["train-tokenizer", "--data.batch_size", "many"], "data.batch_size"),
+        (["info", "nowhere"], "no such directory, and no preset (presets: mini)"),
+        (["eval", "reconstruction", "--data", "nowhere"], "--data nowhere: no such file or folder"),
+        (["eval", "reconstruction", "--lpips_weights", "nowhere.pth"], "no such file; torchvision publishes it"),
+        (["demo", "--image", "nowhere.jpg"], "--image nowhere.jpg: no such file or folder"),
+        (["demo", "--model", "elsewhere"], "the demo needs a preset"),
+    ],
+)
+def test_mistakes_are_one_line_with_status_2(arguments, words, capsys):
+    assert main(arguments) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and words in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_accepted(recipe, tmp_path, capsys):
+    command = "train-encoder" if "encoder" in recipe.stem else "train-tokenizer"
+    assert yaml.safe_load(recipe.read_text())["seed"] == 0
+    wrong = [command, "--config", recipe.stem, "--output", str(tmp_path), "--data.source", str(tmp_path / "nowhere")]
+    assert main(wrong) == 2  # every key is read before the data is missed
+    assert "--data.source" in capsys.readouterr().err
