@@ -7,12 +7,15 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dualtoken.cli import main
 from dualtoken.core.images import to_bytes, to_float, to_picture
-from dualtoken.data.scenes import Scenes
+from dualtoken.data.scenes import Scenes, scene
 from dualtoken.eval.commands import reconstruction, retrieval, zero_shot
 from dualtoken.eval.reconstruction import evaluate_reconstruction
 from dualtoken.eval.report import table, write_json
+from dualtoken.eval.scene_factors import SceneFactors
+from dualtoken.eval.scene_factors import factors as values_of
 from dualtoken.eval.zero_shot import accuracy, factor_accuracy
 from dualtoken.eval.zero_shot import retrieval as recall
+from dualtoken.tokenizer.encoder import train_text_tokenizer
 from dualtoken.tokenizer.presets import open_tokenizer
 from dualtoken.tokenizer.tokenizer import reconstruct
 from tests import tiny
@@ -71,10 +74,23 @@ def test_bundled_model_keeps_pictures_and_meaning(tmp_path):
     assert found["pixel_usage"] > 0.5 and found["semantic_usage"] > 0.5
     labels = zero_shot("mini", images=120)
     assert min(labels[f]["teacher"] for f in ("color", "shape", "jointly")) > 0.97
-    assert all(labels[f]["codes"] >= labels[f]["teacher"] - 0.02 for f in ("color", "shape", "jointly"))
+    assert all(labels[f]["codes"] >= labels[f]["teacher"] - 0.02 for f in ("color", "shape", "jointly", "background"))
     pairs = retrieval("mini", images=120)
     assert all(pairs[d]["codes"] > 0.8 for d in ("text_to_image", "image_to_text"))
     assert json.loads((tmp_path / "r.json").read_text())["psnr"] == found["psnr"]
+
+
+def test_factors_are_read_from_the_right_descriptions():
+    encoder = tiny.encoder()
+    texts = train_text_tokenizer([Scenes(16)[i].caption for i in range(200)], tiny.TEXT)
+    factors = SceneFactors(encoder, texts)
+    assert len(factors.combinations) == 8 * 6 * 2 * 5 * 6
+    scenes = [s for s in (scene(i, "test") for i in range(60)) if len(s.objects) == 1]
+    factors.vectors = torch.eye(len(factors.combinations))  # a text tower that tells all descriptions apart
+    at = [factors.combinations.index(values_of(s)) for s in scenes]
+    assert set(factors.accuracy(factors.vectors[at], scenes).values()) == {1.0}
+    shifted = factors.accuracy(factors.vectors[[i - i % 6 + (i + 1) % 6 for i in at]], scenes)  # another background
+    assert shifted.pop("background") == 0.0 and set(shifted.values()) == {1.0}
 
 
 def test_a_folder_with_classes_and_captions(tmp_path, capsys):

@@ -20,6 +20,7 @@ from dualtoken.data.images import photographs
 from dualtoken.data.scenes import Scene, Scenes, scene
 from dualtoken.eval.commands import reconstruction, retrieval, zero_shot
 from dualtoken.eval.report import table, write_json
+from dualtoken.eval.scene_factors import FACTORS
 from dualtoken.eval.zero_shot import class_vectors
 from dualtoken.tokenizer.encoder import load_text_tokenizer
 from dualtoken.tokenizer.presets import BUNDLED, encoder_directory, open_encoder, open_tokenizer
@@ -277,6 +278,11 @@ def _measure(page: Page, model: str, images: int) -> dict:
     )
     page.table(
         ("zero-shot accuracy", "semantic codes", "continuous teacher"),
-        [(name, labels[name]["codes"], labels[name]["teacher"]) for name in ("color", "shape", "jointly")],
+        [(name, labels[name]["codes"], labels[name]["teacher"]) for name in ("jointly", *FACTORS)],
+    )
+    chance = ", ".join(f"{name} {1 / len(values):.3g}" for name, values in FACTORS.items())
+    page.text(
+        f"As shares of 1; by chance: {chance}. A factor that the teacher does not know, its codes cannot know either: "
+        "what is lost in quantisation is the difference of the two columns."
     )
     return {"scenes": scenes, "photographs": photos, "zero_shot": labels, "retrieval": pairs}

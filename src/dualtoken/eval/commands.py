@@ -7,14 +7,14 @@ import torch
 
 from dualtoken.core.errors import UserError
 from dualtoken.data.images import DataConfig, open_source, read_in_order
-from dualtoken.data.scenes import COLORS, SHAPES
+from dualtoken.data.scenes import scene
 from dualtoken.eval.reconstruction import evaluate_reconstruction
 from dualtoken.eval.report import table, write_json
+from dualtoken.eval.scene_factors import FACTORS, SceneFactors
 from dualtoken.eval.zero_shot import (
     accuracy,
     class_vectors,
     embed_all,
-    factor_accuracy,
     quantized_embed,
 )
 from dualtoken.eval.zero_shot import retrieval as retrieval_at_1
@@ -77,7 +77,8 @@ def zero_shot(
     Args:
         model: directory of a tokenizer, or a preset.
         encoder: directory of its image-text encoder; a preset brings its own.
-        data: "scenes" (unseen ones of one object: color, shape, jointly) or a folder with a subfolder a class.
+        data: "scenes" (unseen ones of one object: every factor, color and shape jointly), or a folder with a subfolder
+            a class.
         images: how many, at most.
         output: JSON file to write.
     """
@@ -95,14 +96,13 @@ def zero_shot(
         "codes": embed_all(quantized_embed(tokenizer), (b.images for b in batches)),
         "teacher": embed_all(teacher.embed_image, (b.images for b in batches)),
     }
-    measures = {"jointly" if data == "scenes" else "accuracy": lambda v: accuracy(v, classes, labels)}
-    if data == "scenes":  # class = color x shape, color first
-        count = len(SHAPES)
-        by_color = [[c * count + s for s in range(count)] for c in range(len(COLORS))]
-        by_shape = [[c * count + s for c in range(len(COLORS))] for s in range(count)]
-        measures["color"] = lambda v: factor_accuracy(v, classes, labels // count, by_color)
-        measures["shape"] = lambda v: factor_accuracy(v, classes, labels % count, by_shape)
-    found = {name: {who: measure(v) for who, v in vectors.items()} for name, measure in measures.items()}
+    overall = "jointly" if data == "scenes" else "accuracy"  # color and shape of a scene
+    found = {overall: {who: accuracy(v, classes, labels) for who, v in vectors.items()}}
+    if data == "scenes":
+        truths = [scene(int(name.rsplit("-", 1)[1]), "test") for b in batches for name in b.names]
+        factors = SceneFactors(teacher, texts)
+        by_factor = {who: factors.accuracy(v, truths) for who, v in vectors.items()}
+        found |= {name: {who: by_factor[who][name] for who in vectors} for name in FACTORS}
     rows = [(name, v["codes"], v["teacher"]) for name, v in found.items()]
     print(f"zero-shot accuracy, {len(labels)} pictures, {len(names)} classes")
     print(table(("factor", "semantic codes", "continuous teacher"), rows))

@@ -6,7 +6,6 @@ Shapes: B batch, C width, L classes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,14 +19,6 @@ from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 Embed = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> unit vectors [B, C]
 
 TEMPLATES = ("a {}",)
-
-
-@dataclass
-class Compared:
-    """One measure for the tokenizer's codes and for its teacher, as shares of 1."""
-
-    codes: float
-    teacher: float
 
 
 def quantized_embed(tokenizer: DualTokenVisionTokenizer) -> Embed:
@@ -54,8 +45,12 @@ def class_vectors(
     templates: Sequence[str] = TEMPLATES,
 ) -> Tensor:
     """Unit vectors [L, C] of class names, averaged over prompt templates with a place "{}"."""
-    vectors = [encoder.embed_text(tokenize(text_tokenizer, [t.format(n) for n in names])) for t in templates]
-    return F.normalize(torch.stack(vectors).mean(0), dim=-1)
+    means = []
+    for first in range(0, len(names), 256):
+        part = names[first : first + 256]
+        vectors = [encoder.embed_text(tokenize(text_tokenizer, [t.format(n) for n in part])) for t in templates]
+        means.append(torch.stack(vectors).mean(0))
+    return F.normalize(torch.cat(means), dim=-1)
 
 
 def accuracy(images: Tensor, classes: Tensor, labels: Tensor) -> float:
