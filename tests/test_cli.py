@@ -45,7 +45,10 @@ def test_every_command_explains_its_options(path, command, capsys):
         (["train-tokenizer", "--data.batch_size", "many"], "data.batch_size"),
         (["info", "nowhere"], "no such directory, and no preset (presets: mini)"),
         (["eval", "reconstruction", "--data", "nowhere"], "--data nowhere: no such file or folder"),
-        (["eval", "reconstruction", "--lpips_weights", "nowhere.pth"], "no such file; torchvision publishes it"),
+        (
+            ["eval", "reconstruction", "--lpips_weights", "nowhere.pth"],
+            "no such file; it is published as torchvision's",
+        ),
         (["demo", "--image", "nowhere.jpg"], "--image nowhere.jpg: no such file or folder"),
         (["demo", "--model", "elsewhere"], "the demo needs a preset"),
     ],

@@ -126,6 +126,8 @@ def _call(command: Command, path: list[str], arguments: list[str]) -> int:
     arguments = [_recipe(arguments[i - 1] if i else "", a) for i, a in enumerate(arguments)]
     module, name = command.target.split(":")
     function = getattr(importlib.import_module(module), name)
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()  # one for each small file
     parser = jsonargparse.ArgumentParser(
         prog=" ".join(path),
         description=command.help,

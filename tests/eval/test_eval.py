@@ -47,6 +47,25 @@ def test_frechet_distance_tells_good_from_bad_reconstruction():
     assert near.teacher_frechet < 0.1 * far.teacher_frechet and near.psnr > far.psnr + 10
 
 
+def test_fid_with_weights_in_torch_fidelity_format(tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"x": print}, tmp_path / "pickle.pth")  # more than tensors
+    torch.save({"x": torch.ones(1)}, tmp_path / "other.pth")
+    for name, words in (
+        ("nowhere.pth", "published as torch-fidelity's"),
+        ("text.pth", "not torch-fidelity's"),
+        ("pickle.pth", "not torch-fidelity's"),
+        ("other.pth", "not torch-fidelity's"),
+    ):
+        assert main(["eval", "reconstruction", "--images", "4", "--inception_weights", str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3.load_state_dict",
+                        lambda self, state: ({}, state)[0])  # fmt: skip
+    model = tiny.tokenizer()
+    pixels = torch.stack([Scenes(16, "test")[i].image for i in range(4)])
+    assert evaluate_reconstruction(model, [pixels], inception=str(tmp_path / "other.pth")).fid >= 0
+
+
 def test_usage_counts_every_code_once():
     model = tiny.tokenizer()
     pixels = torch.stack([Scenes(16, "test")[i].image for i in range(10)])

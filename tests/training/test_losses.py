@@ -102,10 +102,10 @@ def test_lpips_with_weights_in_torchvision_format(tmp_path):
 
 
 def test_wrong_lpips_weights_are_one_line(tmp_path):
-    with pytest.raises(UserError, match="no such file; torchvision publishes"):
+    with pytest.raises(UserError, match="no such file; it is published as torchvision's"):
         LPIPS("vgg", tmp_path / "vgg.pth")
     torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "alex.pth")
-    with pytest.raises(UserError, match="not those of torchvision's vgg"):
+    with pytest.raises(UserError, match="not torchvision's ImageNet weights of vgg"):
         LPIPS("vgg", tmp_path / "alex.pth")
     with pytest.raises(UserError, match="must be 'vgg' or 'alex'"):
         LPIPS("squeeze", tmp_path / "alex.pth")

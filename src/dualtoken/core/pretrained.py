@@ -1,6 +1,8 @@
 """Models as directories: `config.json` and `model.safetensors`, loaded strictly or not at all."""
 
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,3 +55,16 @@ def check_directory(directory: str | Path, option: str, kind: str | None = None)
         if found != kind:
             raise UserError(f"{option} {directory}: holds a {found!r} model, {kind!r} is needed")
     return directory
+
+
+def load_torch_file(path: str | Path, option: str, what: str) -> Any:
+    """What a `.pt` or `.pth` file holds, tensors and plain containers only; nothing is unpickled.
+
+    Args: what: whose file it should be, for the errors. Raises UserError for a missing file or another content.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{option} {path}: no such file; it is published as {what}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{option} {path}: not {what} ({str(error).strip().splitlines()[0][:120]})") from None

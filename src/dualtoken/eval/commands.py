@@ -15,10 +15,11 @@ from dualtoken.eval.zero_shot import (
     accuracy,
     class_vectors,
     embed_all,
+    embed_texts,
     quantized_embed,
 )
 from dualtoken.eval.zero_shot import retrieval as retrieval_at_1
-from dualtoken.tokenizer.encoder import ImageTextEncoder, load_text_tokenizer, tokenize
+from dualtoken.tokenizer.encoder import ImageTextEncoder, load_text_tokenizer
 from dualtoken.tokenizer.presets import BUNDLED, encoder_directory, open_encoder, open_tokenizer
 from dualtoken.training.perceptual import LPIPS
 
@@ -46,7 +47,7 @@ def reconstruction(
         inception_weights: torch-fidelity's Inception file; without it no FID.
         output: JSON file to write.
     """
-    tokenizer = open_tokenizer(model)
+    tokenizer = open_tokenizer(model).to(_device())
     teacher = _teacher(model, encoder)
     source = open_source(DataConfig(data), tokenizer.image_size, "test", "--data")
     skipped: list[str] = []
@@ -54,7 +55,7 @@ def reconstruction(
         tokenizer,
         (b.images for b in read_in_order(source, images, batch_size, skipped)),
         teacher.backbone if teacher is not None else None,
-        LPIPS(lpips_net, lpips_weights) if lpips_weights else None,
+        LPIPS(lpips_net, lpips_weights).to(_device()) if lpips_weights else None,
         inception_weights,
     )
     rows = [(name, value) for name, value in asdict(result).items()]
@@ -82,7 +83,7 @@ def zero_shot(
         images: how many, at most.
         output: JSON file to write.
     """
-    tokenizer, teacher = open_tokenizer(model), _teacher(model, encoder, needed=True)
+    tokenizer, teacher = open_tokenizer(model).to(_device()), _teacher(model, encoder, needed=True)
     texts = load_text_tokenizer(encoder_directory(encoder or model))
     source = open_source(DataConfig(data), tokenizer.image_size, "test", "--data")
     if not source.classes:
@@ -93,8 +94,8 @@ def zero_shot(
     names = [name.replace("_", " ") for name in source.classes]
     classes = class_vectors(teacher, texts, names)
     vectors = {
-        "codes": embed_all(quantized_embed(tokenizer), (b.images for b in batches)),
-        "teacher": embed_all(teacher.embed_image, (b.images for b in batches)),
+        "codes": embed_all(quantized_embed(tokenizer), tokenizer.device, (b.images for b in batches)),
+        "teacher": embed_all(teacher.embed_image, teacher.device, (b.images for b in batches)),
     }
     overall = "jointly" if data == "scenes" else "accuracy"  # color and shape of a scene
     found = {overall: {who: accuracy(v, classes, labels) for who, v in vectors.items()}}
@@ -128,7 +129,7 @@ def retrieval(
         images: how many, at most.
         output: JSON file to write.
     """
-    tokenizer, teacher = open_tokenizer(model), _teacher(model, encoder, needed=True)
+    tokenizer, teacher = open_tokenizer(model).to(_device()), _teacher(model, encoder, needed=True)
     texts = load_text_tokenizer(encoder_directory(encoder or model))
     source = open_source(DataConfig(data), tokenizer.image_size, "test", "--data")
     skipped: list[str] = []
@@ -136,11 +137,10 @@ def retrieval(
     captions = [caption for b in batches for caption in b.captions]
     if not any(captions):
         raise UserError(f"--data {data}: no captions; put NAME.txt beside each picture NAME.jpg")
-    with torch.no_grad():
-        written = torch.cat([teacher.embed_text(tokenize(texts, b.captions)) for b in batches])
+    written = torch.cat([embed_texts(teacher, texts, b.captions) for b in batches])
     vectors = {
-        "codes": embed_all(quantized_embed(tokenizer), (b.images for b in batches)),
-        "teacher": embed_all(teacher.embed_image, (b.images for b in batches)),
+        "codes": embed_all(quantized_embed(tokenizer), tokenizer.device, (b.images for b in batches)),
+        "teacher": embed_all(teacher.embed_image, teacher.device, (b.images for b in batches)),
     }
     both = {who: retrieval_at_1(v, written, captions) for who, v in vectors.items()}
     found = {
@@ -162,4 +162,8 @@ def _teacher(model: str, encoder: str | None, needed: bool = False) -> ImageText
         raise UserError(
             f"--encoder is needed with --model {model}: the directory of the image-text encoder it started from"
         )
-    return None if encoder is None else open_encoder(encoder)
+    return None if encoder is None else open_encoder(encoder).to(_device())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_bytes, to_float
+from dualtoken.core.pretrained import load_torch_file
 from dualtoken.tokenizer.backbone import Backbone
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 
@@ -42,6 +44,19 @@ class _TeacherFeatures(nn.Module):
         return self.teacher(to_float(images))
 
 
+def _fid(weights: str) -> FrechetInceptionDistance:
+    """FID with torch-fidelity's Inception weights. Raises UserError without the package or for another file."""
+    what = "torch-fidelity's pt_inception-2015-12-05-6726825d.pth"
+    load_torch_file(weights, "--inception_weights", what)  # torch-fidelity itself would unpickle any file
+    try:
+        return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights)
+    except ModuleNotFoundError:
+        raise UserError("--inception_weights needs the package torch-fidelity: pip install 'dualtoken[fid]'") from None
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"--inception_weights {weights}: not {what} ({line})") from None
+
+
 @torch.no_grad()
 def evaluate_reconstruction(
     tokenizer: DualTokenVisionTokenizer,
@@ -61,7 +76,7 @@ def evaluate_reconstruction(
     if teacher is not None:
         distances["teacher_frechet"] = FrechetInceptionDistance(_TeacherFeatures(teacher.to(device).eval())).to(device)
     if inception is not None:
-        distances["fid"] = FrechetInceptionDistance(2048, feature_extractor_weights_path=inception).to(device)
+        distances["fid"] = _fid(inception).to(device)
     used = {"pixel": set(), "semantic": set()}
     perceptual, count = 0.0, 0
     for pixels in batches:

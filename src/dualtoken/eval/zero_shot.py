@@ -32,12 +32,18 @@ def quantized_embed(tokenizer: DualTokenVisionTokenizer) -> Embed:
 
 
 @torch.no_grad()
-def embed_all(embed: Embed, batches: Iterable[Tensor]) -> Tensor:
-    """Unit vectors of uint8 batches [B, 3, S, S], joined to [M, C]."""
-    return torch.cat([embed(to_float(pixels)) for pixels in batches])
+def embed_all(embed: Embed, device: torch.device, batches: Iterable[Tensor]) -> Tensor:
+    """Unit vectors of uint8 batches [B, 3, S, S], joined to [M, C], on the CPU."""
+    return torch.cat([embed(to_float(pixels.to(device))).cpu() for pixels in batches])
 
 
 @torch.no_grad()
+def embed_texts(encoder: ImageTextEncoder, text_tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+    """Unit vectors of texts, [len(texts), C], on the CPU."""
+    parts = [texts[first : first + 256] for first in range(0, len(texts), 256)]
+    return torch.cat([encoder.embed_text(tokenize(text_tokenizer, p).to(encoder.device)).cpu() for p in parts])
+
+
 def class_vectors(
     encoder: ImageTextEncoder,
     text_tokenizer: PreTrainedTokenizerFast,
@@ -45,12 +51,8 @@ def class_vectors(
     templates: Sequence[str] = TEMPLATES,
 ) -> Tensor:
     """Unit vectors [L, C] of class names, averaged over prompt templates with a place "{}"."""
-    means = []
-    for first in range(0, len(names), 256):
-        part = names[first : first + 256]
-        vectors = [encoder.embed_text(tokenize(text_tokenizer, [t.format(n) for n in part])) for t in templates]
-        means.append(torch.stack(vectors).mean(0))
-    return F.normalize(torch.cat(means), dim=-1)
+    vectors = [embed_texts(encoder, text_tokenizer, [t.format(n) for n in names]) for t in templates]
+    return F.normalize(torch.stack(vectors).mean(0), dim=-1)
 
 
 def accuracy(images: Tensor, classes: Tensor, labels: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from dualtoken.core.errors import UserError
+from dualtoken.core.pretrained import load_torch_file
 from dualtoken.tokenizer.backbone import Backbone
 
 
@@ -50,19 +51,15 @@ class LPIPS(nn.Module):
         super().__init__()
         if net not in ("vgg", "alex"):
             raise UserError(f"lpips net {net!r} must be 'vgg' or 'alex'")
-        path = Path(weights)
-        if not path.is_file():
-            raise UserError(
-                f"lpips weights {path}: no such file; torchvision publishes it as the ImageNet weights of {net}"
-            )
+        what = f"torchvision's ImageNet weights of {net}"
+        state = load_torch_file(weights, "--lpips_weights", what)
         model = _LPIPS(pretrained=True, net=net, pnet_rand=True)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
             features = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
             for name, place in model.net.named_parameters():  # "slice2.5.weight" is torchvision's "features.5.weight"
                 place.data.copy_(features[name.split(".", 1)[1]])
         except (KeyError, RuntimeError, AttributeError) as error:
-            raise UserError(f"lpips weights {path}: not those of torchvision's {net} ({error})") from None
+            raise UserError(f"--lpips_weights {weights}: not {what} ({error})") from None
         self.model = model.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:

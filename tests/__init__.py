@@ -1,0 +1,1 @@
+"""A package, so that no installed distribution that also ships a `tests` comes first."""
