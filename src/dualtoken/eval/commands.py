@@ -1,12 +1,13 @@
 """`dualtoken eval reconstruction | zero-shot | retrieval`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from dualtoken.core.errors import UserError
-from dualtoken.data.images import DataConfig, open_source, read_in_order
+from dualtoken.data.images import Batch, DataConfig, Source, open_source, read_in_order
 from dualtoken.data.scenes import scene
 from dualtoken.eval.reconstruction import evaluate_reconstruction
 from dualtoken.eval.report import table, write_json
@@ -21,7 +22,29 @@ from dualtoken.eval.zero_shot import (
 from dualtoken.eval.zero_shot import retrieval as retrieval_at_1
 from dualtoken.tokenizer.encoder import ImageTextEncoder, load_text_tokenizer
 from dualtoken.tokenizer.presets import BUNDLED, encoder_directory, open_encoder, open_tokenizer
+from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 from dualtoken.training.perceptual import LPIPS
+
+
+@dataclass
+class _Opened:
+    """What a comparison of codes with their teacher needs."""
+
+    tokenizer: DualTokenVisionTokenizer
+    teacher: ImageTextEncoder
+    texts: PreTrainedTokenizerFast
+    source: Source
+
+    def embed(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        """Unit vectors [M, C] of all pictures, from the semantic codes and from the continuous teacher."""
+        embeds = {"codes": quantized_embed(self.tokenizer), "teacher": self.teacher.embed_image}
+        return {who: embed_all(e, self.teacher.device, (b.images for b in batches)) for who, e in embeds.items()}
+
+
+def _open(model: str, encoder: str | None, data: str) -> _Opened:
+    tokenizer, teacher = open_tokenizer(model).to(_device()), _teacher(model, encoder, needed=True)
+    texts = load_text_tokenizer(encoder_directory(encoder or model))
+    return _Opened(tokenizer, teacher, texts, open_source(DataConfig(data), tokenizer.image_size, "test", "--data"))
 
 
 def reconstruction(
@@ -83,9 +106,8 @@ def zero_shot(
         images: how many, at most.
         output: JSON file to write.
     """
-    tokenizer, teacher = open_tokenizer(model).to(_device()), _teacher(model, encoder, needed=True)
-    texts = load_text_tokenizer(encoder_directory(encoder or model))
-    source = open_source(DataConfig(data), tokenizer.image_size, "test", "--data")
+    opened = _open(model, encoder, data)
+    teacher, texts, source = opened.teacher, opened.texts, opened.source
     if not source.classes:
         raise UserError(f"--data {data}: no class folders in it; zero-shot needs a folder a class")
     skipped: list[str] = []
@@ -93,10 +115,7 @@ def zero_shot(
     labels = torch.cat([b.labels for b in batches])
     names = [name.replace("_", " ") for name in source.classes]
     classes = class_vectors(teacher, texts, names)
-    vectors = {
-        "codes": embed_all(quantized_embed(tokenizer), tokenizer.device, (b.images for b in batches)),
-        "teacher": embed_all(teacher.embed_image, teacher.device, (b.images for b in batches)),
-    }
+    vectors = opened.embed(batches)
     overall = "jointly" if data == "scenes" else "accuracy"  # color and shape of a scene
     found = {overall: {who: accuracy(v, classes, labels) for who, v in vectors.items()}}
     if data == "scenes":
@@ -129,19 +148,15 @@ def retrieval(
         images: how many, at most.
         output: JSON file to write.
     """
-    tokenizer, teacher = open_tokenizer(model).to(_device()), _teacher(model, encoder, needed=True)
-    texts = load_text_tokenizer(encoder_directory(encoder or model))
-    source = open_source(DataConfig(data), tokenizer.image_size, "test", "--data")
+    opened = _open(model, encoder, data)
+    teacher, texts, source = opened.teacher, opened.texts, opened.source
     skipped: list[str] = []
     batches = list(read_in_order(source, images, batch_size, skipped))
     captions = [caption for b in batches for caption in b.captions]
     if not any(captions):
         raise UserError(f"--data {data}: no captions; put NAME.txt beside each picture NAME.jpg")
     written = torch.cat([embed_texts(teacher, texts, b.captions) for b in batches])
-    vectors = {
-        "codes": embed_all(quantized_embed(tokenizer), tokenizer.device, (b.images for b in batches)),
-        "teacher": embed_all(teacher.embed_image, teacher.device, (b.images for b in batches)),
-    }
+    vectors = opened.embed(batches)
     both = {who: retrieval_at_1(v, written, captions) for who, v in vectors.items()}
     found = {
         name: {who: value[i] for who, value in both.items()}
