@@ -1,4 +1,4 @@
-"""Imports go down only: cli, app, paper -> training, eval, analysis -> generation -> mllm -> tokenizer -> core."""
+"""Imports go down only: cli, app, paper -> training, eval, analysis -> mllm -> generation -> tokenizer -> core."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import dualtoken
 
 ROOT = Path(dualtoken.__file__).parent
-LEVEL = {"core": 0, "data": 1, "tokenizer": 1, "mllm": 2, "generation": 3, "training": 4, "eval": 4, "analysis": 4}
+LEVEL = {"core": 0, "data": 1, "tokenizer": 1, "generation": 2, "mllm": 3, "training": 4, "eval": 4, "analysis": 4}
 LEVEL |= {"app": 5, "paper": 5, "cli": 5}
 APART = {("data", "tokenizer"), ("tokenizer", "data")}  # neither knows the other
 

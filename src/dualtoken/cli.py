@@ -17,6 +17,10 @@ class Command(NamedTuple):
     target: str
     help: str
     example: str
+    optional: str = ""  # an argument that may be given without its option's name
+
+
+SHORT = {"-n": "--number", "--out": "--output"}  # other spellings of options
 
 
 COMMANDS: dict[str, Command | dict[str, Command]] = {
@@ -26,6 +30,27 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "dualtoken demo --image my.jpg",
     ),
     "info": Command("dualtoken.app.info:info", "parameters by part, sizes and codes of a model", "dualtoken info mini"),
+    "chat": Command(
+        "dualtoken.app.converse:chat",
+        "ask about pictures, once or in a conversation",
+        'dualtoken chat --image my.jpg "what color is the circle ?"',
+        "question",
+    ),
+    "draw": Command(
+        "dualtoken.app.converse:draw",
+        "pictures from words",
+        'dualtoken draw "a large red star on a black background" -n 4 --guidance 3 --seed 0 --out drawings',
+    ),
+    "edit": Command(
+        "dualtoken.app.converse:edit",
+        "a picture changed as an instruction says",
+        'dualtoken edit my.png "make the red star blue"',
+    ),
+    "story": Command(
+        "dualtoken.app.converse:story",
+        "words and pictures in turn",
+        'dualtoken story "tell a story in two pictures about a red star"',
+    ),
     "encode": Command(
         "dualtoken.app.files:encode",
         "pictures -> a file of codes",
@@ -55,6 +80,16 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "image-text retrieval R@1 from semantic codes, beside the continuous teacher",
             "dualtoken eval retrieval --model mini",
         ),
+        "understanding": Command(
+            "dualtoken.eval.understanding:understanding",
+            "answers to questions by type, and captions, of unseen scenes",
+            "dualtoken eval understanding --output result.json",
+        ),
+        "generation": Command(
+            "dualtoken.eval.generation:generation",
+            "drawings and edits of unseen scenes, judged by rule from the picture",
+            "dualtoken eval generation --output result.json --pictures sheets/",
+        ),
     },
     "train-encoder": Command(
         "dualtoken.training.encoder:train_encoder",
@@ -65,6 +100,11 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "dualtoken.training.tokenizer:train_tokenizer",
         "train the vision tokenizer on scenes, a folder or shards",
         "dualtoken train-tokenizer --config mini-tokenizer --data.source photos/",
+    ),
+    "train-mllm": Command(
+        "dualtoken.training.mllm:train_mllm",
+        "train the multimodal LLM in all stages, or in one",
+        "dualtoken train-mllm --config mini-mllm --stages all",
     ),
 }
 
@@ -111,7 +151,10 @@ def _help(table: dict, path: list[str]) -> str:
     """The commands of a table with an example each."""
     lines = [f"usage: {' '.join(path)} COMMAND [options]", ""]
     if path == ["dualtoken"]:
-        lines[1:1] = ["", "One vision tokenizer with pixel and semantic codes (DualToken). Start with: dualtoken demo"]
+        lines[1:1] = [
+            "",
+            "Pictures as pixel and semantic codes, and a language model that reads and writes both (DualToken).\nStart with: dualtoken demo",
+        ]
     for name, command in table.items():
         text = command.help if isinstance(command, Command) else f"{', '.join(command)}: measure a model"
         lines.append(f"  {name:16} {text}")
@@ -123,7 +166,7 @@ def _call(command: Command, path: list[str], arguments: list[str]) -> int:
     """Parse options for the function and call it. A recipe's name stands for its file."""
     import jsonargparse
 
-    arguments = [_recipe(arguments[i - 1] if i else "", a) for i, a in enumerate(arguments)]
+    arguments = [_recipe(arguments[i - 1] if i else "", SHORT.get(a, a)) for i, a in enumerate(arguments)]
     module, name = command.target.split(":")
     function = getattr(importlib.import_module(module), name)
     if "transformers" in sys.modules:
@@ -136,7 +179,9 @@ def _call(command: Command, path: list[str], arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML recipe, by path or by name")
-    parser.add_function_arguments(function, as_positional=True, sub_configs=True)
+    parser.add_function_arguments(function, as_positional=True, sub_configs=True, skip={command.optional} - {""})
+    if command.optional:
+        parser.add_argument(command.optional, nargs="?", help="without it, a conversation")
     try:
         settings = parser.parse_args(arguments)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:

@@ -5,6 +5,7 @@ be read raises `ImageError` with its name, so that long work can skip and count 
 """
 
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -83,6 +84,18 @@ def to_picture(image: Tensor) -> Image.Image:
     """Float [3, H, W] in [-1, 1] or uint8 [3, H, W] -> picture."""
     pixels = image if image.dtype == torch.uint8 else to_bytes(image)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write a PNG file whole or not at all; its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        picture.save(draft, format="PNG")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def list_images(path: str | Path, option: str) -> list[Path]:

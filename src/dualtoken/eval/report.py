@@ -2,9 +2,12 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import binomtest
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -21,6 +24,41 @@ def cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Share:
+    """`right` of `total`, with its 95 % interval (Wilson)."""
+
+    right: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """As a share of 1; not a number of nothing."""
+        return self.right / self.total if self.total else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Lower and upper end, as shares of 1."""
+        if not self.total:
+            return math.nan, math.nan
+        found = binomtest(self.right, self.total).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"share": self.value, "interval": list(self.interval), "right": self.right, "total": self.total}
+
+
+def share(verdicts: Iterable[bool]) -> Share:
+    """How many are true."""
+    listed = [bool(v) for v in verdicts]
+    return Share(sum(listed), len(listed))
 
 
 def write_json(path: str | Path | None, result: dict[str, Any]) -> None:

@@ -103,6 +103,12 @@ class DualTokenVisionTokenizer(StrictModel):
         """Semantic features [B, P + N, C] -> pooled feature [B, C], in the space of the backbone's text tower."""
         return self.backbone.pool(semantic, self.backbone.semantic_layer)
 
+    def drop_tower(self) -> None:
+        """Keep what `features` needs and let go of the rest: training on stored codes needs no vision tower."""
+        self.backbone = self.decoder = None
+        for branch in (self.pixel, self.semantic):
+            branch.pre = branch.shortcut = None
+
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Reconstruct images [B, 3, H, W] with gradients; in training mode EMA codebooks take a step."""
         pixel_features, shortcut, semantic_features = self._taps(images)

@@ -34,6 +34,7 @@ class LoopConfig:
         eval_every: evaluation and sample pictures every so many steps.
         log_every: a line in log.jsonl and the tracker every so many steps.
         tracker: "tensorboard" or "none".
+        gradient_checkpointing: compute the LLM's activations again going back, for less memory (train-mllm).
     """
 
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -43,6 +44,15 @@ class LoopConfig:
     eval_every: int = 1000
     log_every: int = 20
     tracker: Literal["tensorboard", "none"] = "tensorboard"
+    gradient_checkpointing: bool = False
+
+
+def warm_cosine(step: int, steps: int, warmup: int, final: float) -> float:
+    """Linear warm-up, then a cosine from 1 to `final`, at a step counted from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 @dataclass
@@ -61,10 +71,7 @@ class OptimConfig:
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step counted from 0."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, steps - self.warmup)
-        return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        return self.lr * warm_cosine(step, steps, self.warmup, self.final)
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
         """The optimiser; weight decay on matrices only."""
@@ -83,7 +90,16 @@ class OptimConfig:
 class Loop:
     """A run in a folder: states in `states/`, `log.jsonl`, `settings.json`, tracker files in `tensorboard/`."""
 
-    def __init__(self, output: str, steps: int, seed: int, resume: str, config: LoopConfig, settings: dict[str, Any]):
+    def __init__(
+        self,
+        output: str,
+        steps: int,
+        seed: int,
+        resume: str,
+        config: LoopConfig,
+        settings: dict[str, Any],
+        title: str = "",
+    ):
         self.output, self.steps, self.seed, self.config = Path(output), steps, seed, config
         states = self.output / "states"
         if resume == "never" and states.is_dir() and any(states.iterdir()):
@@ -100,6 +116,7 @@ class Loop:
         self._last: Path | None = None
         self._skipped = 0
         self._bar: tqdm | None = None
+        self._title = title
         if self.main:
             self.output.mkdir(parents=True, exist_ok=True)
         if config.tracker == "tensorboard":
@@ -135,7 +152,11 @@ class Loop:
     def run(self) -> Iterator[int]:
         """Steps still to do, each with its own random state, under a progress bar."""
         self._bar = tqdm(
-            total=self.steps, initial=self.start, disable=not self.main, mininterval=1 if sys.stderr.isatty() else 60
+            desc=self._title or None,
+            total=self.steps,
+            initial=self.start,
+            disable=not self.main,
+            mininterval=1 if sys.stderr.isatty() else 60,
         )
         self._since, self._at = time.time(), self.start
         for step in range(self.start, self.steps):

@@ -1,0 +1,92 @@
+"""Which chats make up a step: tasks drawn by weight, packed; step `i` is a function of (seed, i, rank) alone."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dualtoken.core.errors import UserError
+from dualtoken.data.chat import ChatSample, StoredCodes
+from dualtoken.data.collate import ChatTokens, PackedBatch, pack
+
+
+class ChatSource(Protocol):
+    """Chats by task and number."""
+
+    tasks: tuple[str, ...]
+
+    def sample(self, task: str, index: int) -> ChatSample: ...
+
+
+@dataclass
+class Dropout:
+    """What is hidden in training: `text` of a share of the samples that draw, for classifier-free guidance;
+    `semantic` codes of a share of them, so that the model also learns to draw without."""
+
+    text: float = 0.1
+    semantic: float = 0.0
+
+
+class MixtureBatches(Dataset):
+    """Batch number `step` of one process, packed into rows.
+
+    Args:
+        weights: task -> weight; tasks that the source lacks raise UserError.
+        encode: a chat, and whether its text is hidden, to ids.
+        fill: id of padding; length: of a row.
+    """
+
+    def __init__(
+        self,
+        source: ChatSource,
+        weights: dict[str, float],
+        encode: Callable[[ChatSample, bool], ChatTokens],
+        batch_size: int,
+        length: int,
+        fill: int,
+        seed: int,
+        stored: StoredCodes | None = None,
+        dropout: Dropout = Dropout(),
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        unknown = [task for task in weights if task not in source.tasks]
+        if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+            raise UserError(f"mixture {weights}: give a weight above 0 to some of the tasks {', '.join(source.tasks)}")
+        self.source, self.encode, self.stored, self.dropout = source, encode, stored, dropout
+        self.tasks = list(weights)
+        self.share = np.array([weights[t] for t in self.tasks]) / sum(weights.values())
+        self.batch_size, self.length, self.fill, self.seed = batch_size, length, fill, seed
+        self.rank, self.world_size = rank, world_size
+
+    def __getitem__(self, step: int) -> PackedBatch:
+        start = (step * self.world_size + self.rank) * self.batch_size
+        return pack([self._tokens(place) for place in range(start, start + self.batch_size)], self.length, self.fill)
+
+    def _tokens(self, place: int) -> ChatTokens:
+        rng = np.random.default_rng((self.seed, place, 4))
+        task = self.tasks[int(rng.choice(len(self.tasks), p=self.share))]
+        sample = self.source.sample(task, self.seed * 2**40 + place)
+        if self.stored is not None:
+            sample = self.stored.fill(sample)
+        hide_text, hide_semantic = rng.random(2) < (self.dropout.text, self.dropout.semantic)
+        tokens = self.encode(sample, bool(hide_text) and sample.draws)
+        if hide_semantic and sample.draws:
+            tokens.draw_semantic = torch.zeros_like(tokens.draw_semantic)
+        return tokens
+
+
+def mixture_batches(batches: MixtureBatches, start: int, stop: int, workers: int) -> Iterator[PackedBatch]:
+    """Batches start .. stop - 1 in order, made ahead by `workers` processes."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return iter(loader)

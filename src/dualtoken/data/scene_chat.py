@@ -1,0 +1,170 @@
+"""Chats about scenes: the miniature's data for every task of Table 14.
+
+Sample `index` of a task is a function of (split, seed, task, index). Pictures come from a pool of scenes, so that
+their codes can be stored once; a scene's story is the scene, an edit of it, and an edit of that.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from dualtoken.core.errors import UserError
+from dualtoken.data.chat import ChatSample, Message, Picture
+from dualtoken.data.scene_text import Edit, caption, captions, edits, questions
+from dualtoken.data.scenes import SPLITS, Scene, scene
+
+TASKS = ("caption", "vqa", "text_to_image", "edit", "story", "text")
+LINKS = 2  # edits in a story
+DESCRIBE, DETAIL = "describe the picture", "describe the picture in detail"
+RELATION = 4  # of the captions of several objects, the one that says how the first two lie to each other
+RELATED = 0.5  # share of the drawings of two objects that are asked for with their relation
+TURNS = 3  # questions about one picture at most
+FROM_TEXT = ("attribute", "count", "exists")  # question types that a full caption answers
+
+
+@dataclass
+class SceneChatConfig:
+    """The pool of pictures.
+
+    Args: scenes: how many; stories: how many of them, the first, also have their edits; seed: of the world.
+    """
+
+    scenes: int = 20000
+    stories: int = 5000
+    seed: int = 0
+
+
+@lru_cache(maxsize=4096)
+def story(index: int, split: str = "train", seed: int = 0) -> tuple[Edit, ...]:
+    """Two edits of scene `index`, the second of what the first made; fewer where nothing can be named alone."""
+    rng = np.random.default_rng((SPLITS[split], seed, index, 2))
+    chain: list[Edit] = []
+    for _ in range(LINKS):
+        possible = edits(chain[-1].after if chain else scene(index, split, seed), rng)
+        if not possible:
+            break
+        chain.append(possible[int(rng.integers(len(possible)))])
+    return tuple(chain)
+
+
+def narrate(edit: Edit) -> str:
+    """An edit as an event: "make the red star blue" -> "then the red star turns blue"."""
+    rest = edit.instruction.split(" ", 1)[1]
+    if edit.type == "recolor":
+        thing, color = rest.rsplit(" ", 1)
+        return f"then {thing} turns {color}"
+    if edit.type == "remove":
+        return f"then {rest} goes away"
+    if edit.type == "move":
+        return "then " + rest.replace(" to the ", " moves to the ")
+    return "then " + rest.replace(" at the ", " comes to the ")
+
+
+def names(drawn: Scene) -> str:
+    """What is in a scene, without detail: "a red star and a blue ring"."""
+    return " and ".join(f"a {thing.name}" for thing in drawn.objects)
+
+
+class SceneChats:
+    """Chats of all tasks over a pool of scenes: `sample(task, index)`."""
+
+    tasks = TASKS
+
+    def __init__(self, config: SceneChatConfig, split: str = "train"):
+        if not 1 <= config.stories <= config.scenes:
+            raise UserError(f"--data.scenes.stories {config.stories}: give 1 to {config.scenes} (--data.scenes.scenes)")
+        self.config, self.split = config, split
+
+    def picture(self, index: int, link: int = 0) -> Picture:
+        """Scene `index`, or what the first `link` edits of its story made of it."""
+        name = f"{self.split}-{self.config.seed}-{index}-{link}"
+        if link == 0:
+            return Picture(name, scene(index, self.split, self.config.seed))
+        return Picture(name, self._story_of(index)[link - 1].after)
+
+    def pictures(self) -> "list[Picture]":
+        """The whole pool: what has to be encoded to store all codes. Scenes are drawn when asked for."""
+        scenes, stories = self.config.scenes, self.config.stories
+        places = [(i, 0) for i in range(scenes)]
+        for link in range(LINKS):
+            places += [(i, link + 1) for i in range(stories) if len(self._story_of(i)) > link]
+        return _Pool(self, places)  # type: ignore[return-value]
+
+    def sample(self, task: str, index: int) -> ChatSample:
+        """Sample `index` of a task. Raises UserError for an unknown task."""
+        if task not in TASKS:
+            raise UserError(f"--data.mixture: unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+        rng = np.random.default_rng((SPLITS[self.split], self.config.seed, TASKS.index(task), index, 3))
+        pool = self.config.stories if task in ("edit", "story") else self.config.scenes
+        number = int(rng.integers(pool)) if self.split == "train" else index % pool
+        while task in ("edit", "story") and not self._story_of(number):
+            number = (number + 1) % pool
+        messages = getattr(self, f"_{task}")(number, rng)
+        return ChatSample(messages, task, f"{task}-{self.split}-{self.config.seed}-{index}")
+
+    def _story_of(self, number: int) -> tuple[Edit, ...]:
+        return story(number, self.split, self.config.seed)
+
+    def _scene(self, number: int) -> Scene:
+        return scene(number, self.split, self.config.seed)
+
+    def _caption(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
+        drawn = self._scene(number)
+        detailed = rng.random() < 0.5
+        said = captions(drawn)[0] if detailed else caption(drawn, rng)
+        asked = DETAIL if detailed else DESCRIBE
+        return Message("user", (self.picture(number), asked)), Message("assistant", (said,))
+
+    def _vqa(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
+        possible = questions(self._scene(number), rng)
+        messages: list[Message] = []
+        for i in rng.permutation(len(possible))[:TURNS]:
+            shown = () if messages else (self.picture(number),)
+            messages += [Message("user", (*shown, possible[i].question)), Message("assistant", (possible[i].answer,))]
+        return tuple(messages)
+
+    def _text_to_image(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
+        drawn = self._scene(number)
+        related = len(drawn.objects) == 2 and rng.random() < RELATED
+        asked = captions(drawn)[RELATION] if related else caption(drawn, rng)
+        prompt = f"draw {asked}" if rng.random() < 0.5 else asked
+        return Message("user", (prompt,)), Message("assistant", (self.picture(number),))
+
+    def _edit(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
+        chain = self._story_of(number)
+        link = int(rng.integers(len(chain)))
+        edit = chain[link]
+        shown, drawn = self.picture(number, link), self.picture(number, link + 1)
+        return Message("user", (shown, edit.instruction)), Message("assistant", (drawn,))
+
+    def _story(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
+        begin, chain = self._scene(number), self._story_of(number)
+        links = int(rng.integers(1, len(chain) + 1))
+        told: list[str | Picture] = [f"first there is {names(begin)}", self.picture(number)]
+        for k in range(links):
+            told += [narrate(chain[k]), self.picture(number, k + 1)]
+        asked = f"tell a story in {('two', 'three')[links - 1]} pictures about {names(begin)}"
+        return Message("user", (asked,)), Message("assistant", tuple(told))
+
+    def _text(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
+        drawn = self._scene(number)
+        possible = [q for q in questions(drawn, rng) if q.type in FROM_TEXT]
+        messages: list[Message] = []
+        for i in rng.permutation(len(possible))[:TURNS]:
+            told = possible[i].question if messages else f"{captions(drawn)[0]} . {possible[i].question}"
+            messages += [Message("user", (told,)), Message("assistant", (possible[i].answer,))]
+        return tuple(messages)
+
+
+class _Pool:
+    """The pool as a sequence whose scenes are made when asked for."""
+
+    def __init__(self, chats: SceneChats, places: list[tuple[int, int]]):
+        self.chats, self.places = chats, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, at: int) -> Picture:
+        return self.chats.picture(*self.places[at])

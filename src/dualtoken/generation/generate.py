@@ -1,0 +1,68 @@
+"""`model.generate`: one entrance to writing, drawing, and both."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualtoken.core.codes import DualCodes
+from dualtoken.core.errors import UserError
+from dualtoken.generation.context import Model, split
+from dualtoken.generation.image import draw
+from dualtoken.generation.interleaved import interleave
+from dualtoken.generation.sampling import DrawConfig
+from dualtoken.generation.text import write
+
+MODES = ("text", "image", "interleaved")
+
+
+def generate(
+    model: Model,
+    input_ids: Tensor,
+    mode: str,
+    attention_mask: Tensor | None,
+    codes: DualCodes | None,
+    unconditional: tuple[Tensor | None, Tensor | None],
+    draw_config: DrawConfig,
+    seed: int | list[int],
+    num_images_per_prompt: int,
+    max_images: int,
+    callback: Any,
+    **text_options,
+) -> Tensor | DualCodes | list:
+    """Answer, draw, or both, for prompts [B, T] padded on the left.
+
+    Args:
+        codes: of all pictures in the prompts, in order.
+        unconditional: ids and mask of the prompts without text, with the same pictures, for guidance.
+        seed: one number, or one for each prompt; the j-th image of a prompt uses seed + j.
+        num_images_per_prompt: for mode "image"; max_images: of one reply, for "interleaved".
+        callback: called with (positions done, N) while drawing.
+        text_options: of transformers' generate.
+    Raises UserError for an unknown mode, too long a prompt, and pictures that do not fit the placeholders.
+    """
+    if mode not in MODES:
+        raise UserError(f"generation_mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
+    if num_images_per_prompt < 1:
+        raise UserError(f"num_images_per_prompt {num_images_per_prompt} must be at least 1")
+    contexts = split(model.config, input_ids, attention_mask, codes)
+    seeds = [seed] * len(contexts) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(contexts):
+        raise UserError(f"seed: {len(seeds)} numbers for {len(contexts)} prompts; give one, or one for each")
+    if mode == "text":
+        replies = write(model, contexts, **text_options)
+        longest = max(len(r) for r in replies)
+        fill = model.config.vision_end_id if longest == 0 else int(replies[0][-1])
+        out = torch.full((len(replies), longest), fill, device=input_ids.device)
+        for row, reply in enumerate(replies):
+            out[row, : len(reply)] = reply
+        return torch.cat([input_ids, out], 1)
+    plain = None
+    if unconditional[0] is not None:
+        plain = split(model.config, *unconditional, codes)
+    if mode == "image":
+        each = range(num_images_per_prompt)
+        several = [c for c in contexts for _ in each]
+        empty = None if plain is None else [c for c in plain for _ in each]
+        return draw(model, several, empty, draw_config, [s + j for s in seeds for j in each], callback)
+    return interleave(model, contexts, plain, draw_config, seeds, max_images, callback, **text_options)

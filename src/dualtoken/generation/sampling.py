@@ -1,0 +1,85 @@
+"""From logits to codes: guidance, temperature, top-k, top-p, and randomness that belongs to one image alone.
+
+Shapes: B images, N positions, D depth, K codebook size.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualtoken.core.errors import UserError
+
+
+@dataclass
+class HeadSampling:
+    """How one head draws; `temperature` 0 takes the likeliest code, `top_k` 0 and `top_p` 1 cut nothing."""
+
+    temperature: float = 1.0
+    top_k: int = 900
+    top_p: float = 0.96
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature {self.temperature} must be 0 (the likeliest code) or above")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} must be 0 (all codes) or above")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} must lie above 0 and up to 1")
+
+
+@dataclass
+class DrawConfig:
+    """How images are drawn.
+
+    Args:
+        guidance: weight of classifier-free guidance on both heads; 1 = none, and half the work.
+        pixel, semantic: sampling of each head.
+        semantic_codes: False draws with pixel codes alone; the model then sees no meaning in what it draws.
+    """
+
+    guidance: float = 3.0
+    pixel: HeadSampling = field(default_factory=HeadSampling)
+    semantic: HeadSampling = field(default_factory=HeadSampling)
+    semantic_codes: bool = True
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DrawConfig":
+        """The inverse of dataclasses.asdict."""
+        heads = {name: HeadSampling(**values[name]) for name in ("pixel", "semantic")}
+        return cls(**values | heads)
+
+
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Logits [2B, K], first with the prompt and then without -> [B, K]: u + guidance (c - u)."""
+    with_prompt, without = logits.float().chunk(2)
+    return without + guidance * (with_prompt - without)
+
+
+def keep_likely(logits: Tensor, sampling: HeadSampling) -> tuple[Tensor, Tensor]:
+    """Logits [B, K] -> probabilities in falling order and their codes, both [B, k], after top-k, then top-p.
+
+    Top-p keeps the code that crosses the threshold.
+    """
+    kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    values, codes = logits.topk(kept, -1)  # sorted
+    probabilities = (values / max(sampling.temperature, 1e-6)).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    return probabilities / probabilities.sum(-1, keepdim=True), codes
+
+
+def sample(logits: Tensor, sampling: HeadSampling, uniform: Tensor) -> Tensor:
+    """One code for each row: logits [B, K] and uniform numbers [B] in [0, 1) -> int64 [B]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities, codes = keep_likely(logits.float(), sampling)
+    chosen = (probabilities.cumsum(-1) <= uniform[:, None]).sum(-1, keepdim=True)
+    return codes.gather(-1, chosen.clamp(max=codes.shape[-1] - 1))[:, 0]
+
+
+def uniforms(seeds: list[int], positions: int, depth: int, device: torch.device) -> Tensor:
+    """Random numbers [B, N, 2, D], a row from each seed alone, so that an image does not depend on its batch."""
+    rows = [torch.rand(positions, 2, depth, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device)

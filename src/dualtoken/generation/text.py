@@ -1,0 +1,51 @@
+"""Answers in words: transformers' own `generate` on the LLM, with pictures in the prompt as embeds."""
+
+import torch
+from torch import Tensor
+
+from dualtoken.core.errors import UserError
+from dualtoken.generation.context import Context, Model, join
+
+MAX_NEW_TOKENS = 256
+
+
+@torch.no_grad()
+def write(model: Model, contexts: list[Context], may_draw: bool = False, **options) -> list[Tensor]:
+    """Go on with each context in words until the reply ends; with `may_draw` also until the model wants to draw.
+
+    Args: options: of transformers' generate (max_new_tokens, do_sample, temperature, streamer, ...).
+    Returns: the new ids of each row, with the token that ended it. Raises UserError where the LLM cannot hold it.
+    """
+    config = model.config
+    room = model.context - max(len(c.ids) for c in contexts)
+    options.setdefault("max_new_tokens", min(MAX_NEW_TOKENS, max(1, room)))
+    rows = join(model, contexts, options["max_new_tokens"])
+    stops = _stops(model)
+    if not stops:
+        raise UserError("the LLM has no end-of-text token: set generation_config.eos_token_id")
+    never = [config.vision_start_id, config.image_id, config.vision_end_id, config.draw_end_id]
+    options.setdefault("do_sample", False)
+    out = model.llm.generate(
+        inputs_embeds=rows.embeds,
+        attention_mask=rows.mask,
+        eos_token_id=[*stops, config.draw_start_id] if may_draw else stops,
+        pad_token_id=stops[0],
+        suppress_tokens=never if may_draw else [*never, config.draw_start_id],
+        **options,
+    )
+    ends = {*stops, config.draw_start_id} if may_draw else set(stops)
+    return [_until(row, ends) for row in out]
+
+
+def _stops(model: Model) -> list[int]:
+    found = model.llm.generation_config.eos_token_id
+    found = model.config.text_config.eos_token_id if found is None else found
+    return list(found) if isinstance(found, (list, tuple)) else [] if found is None else [found]
+
+
+def _until(row: Tensor, ends: set[int]) -> Tensor:
+    """A row up to and with its first end."""
+    for place, token in enumerate(row.tolist()):
+        if token in ends:
+            return row[: place + 1]
+    return row

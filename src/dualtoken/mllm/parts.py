@@ -1,0 +1,190 @@
+"""A model from its parts: a vision tokenizer, and an LLM from disk, from the hub, or small and at random."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from dualtoken.core.errors import UserError
+from dualtoken.generation.sampling import DrawConfig
+from dualtoken.mllm.model import SPECIAL, DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.processor import DualTokenProcessor
+from dualtoken.mllm.projector import ProjectorConfig
+from dualtoken.mllm.visual_head import VisualHeadConfig
+from dualtoken.tokenizer.image_processor import DualTokenImageProcessor
+from dualtoken.tokenizer.presets import open_tokenizer
+from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
+
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class SmallLLMConfig:
+    """A Qwen2 of any size at random, with a byte-level text tokenizer of its own."""
+
+    width: int = 256
+    layers: int = 6
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 768
+    context: int = 1024
+    vocab_size: int = 640
+
+
+@dataclass
+class ModelConfig:
+    """What is built around the LLM.
+
+    Args:
+        head: sizes of both heads; their codebooks come from the vision tokenizer.
+        input, output: ablations of Tables 4 and 5b.
+        text_weight, pixel_weight, semantic_weight: of the parts of the loss.
+        draw: how the model draws unless told otherwise.
+    """
+
+    head: VisualHeadConfig = field(default_factory=VisualHeadConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    input: str = "both"
+    output: str = "both"
+    text_weight: float = 1.0
+    pixel_weight: float = 1.0
+    semantic_weight: float = 1.0
+    draw: DrawConfig = field(default_factory=DrawConfig)
+
+    def switches(self) -> dict[str, Any]:
+        """Fields of the model's config that no weight depends on: they may change from stage to stage."""
+        names = ("input", "output", "text_weight", "pixel_weight", "semantic_weight")
+        return {name: getattr(self, name) for name in names} | {"draw": asdict(self.draw)}
+
+
+def from_parts(
+    vision_tokenizer: str,
+    llm: str | PreTrainedModel,
+    text_tokenizer: PreTrainedTokenizerBase | None = None,
+    model: ModelConfig = ModelConfig(),
+    dtype: torch.dtype = torch.float32,
+    **llm_options: Any,
+) -> tuple[DualTokenForConditionalGeneration, DualTokenProcessor]:
+    """The whole model and its processor; missing special tokens are added and the embeddings resized.
+
+    Args:
+        vision_tokenizer: directory or preset.
+        llm: directory of any causal LM of transformers, a hub id, or a model (then with `text_tokenizer`).
+        dtype: of the new parts and the LLM.
+        llm_options: of AutoModelForCausalLM.from_pretrained (quantization_config, attn_implementation, ...).
+    Raises UserError where a part cannot be found.
+    """
+    vision = open_tokenizer(vision_tokenizer, "vision_tokenizer")
+    if isinstance(llm, str):
+        text_tokenizer, llm = _open_llm(llm, dtype, llm_options)
+    if text_tokenizer is None:
+        raise UserError("from_parts: give the text tokenizer of the LLM")
+    if text_tokenizer.chat_template is None:
+        text_tokenizer.chat_template = CHATML
+    known = text_tokenizer.get_vocab()
+    text_tokenizer.add_special_tokens(
+        {"extra_special_tokens": [t for t in SPECIAL.values() if t not in known]}, replace_extra_special_tokens=False
+    )
+    if len(text_tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(text_tokenizer))  # Qwen's tables have spare rows, so this is rare
+    ids = {name: text_tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
+    config = model_config(vision, llm.config, model, ids)
+    built = DualTokenForConditionalGeneration(config, llm, vision.to(llm.device))
+    for part in (built.projector, built.pixel_head, built.semantic_head):
+        part.to(device=llm.device, dtype=dtype)
+    built.generation_config = llm.generation_config
+    images = DualTokenImageProcessor(size=vision.image_size)
+    return built, DualTokenProcessor(images, text_tokenizer, positions=vision.positions)
+
+
+def small_llm(
+    texts: Iterable[str],
+    config: SmallLLMConfig = SmallLLMConfig(),
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+    """A Qwen2 at random, and a byte-level BPE tokenizer learnt from texts; both follow the global random state."""
+    text_tokenizer = train_chat_tokenizer(texts, config.vocab_size, config.context)
+    end = text_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(text_tokenizer), hidden_size=config.width, intermediate_size=config.mlp,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
+        max_position_embeddings=config.context, tie_word_embeddings=True, bos_token_id=None, eos_token_id=end,
+        pad_token_id=text_tokenizer.pad_token_id,
+    )), text_tokenizer  # fmt: skip
+
+
+def train_chat_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in Qwen's form: any text can be written, words of `texts` are few tokens."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [*CHAT_TOKENS, *SPECIAL.values()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=[t for t in special if t not in ("<|im_end|>", "<|endoftext|>")],
+        chat_template=CHATML,
+        model_max_length=context,
+    )
+
+
+def _open_llm(llm: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """LLM and text tokenizer of a directory, or of a hub id that the user named."""
+    if not Path(llm).is_dir() and (llm.count("/") != 1 or llm.startswith((".", "/"))):
+        raise UserError(
+            f"llm {llm}: no such directory; give a directory of a causal LM of transformers "
+            "(published for example as Qwen/Qwen2.5-3B-Instruct on huggingface.co), or such a name to fetch it"
+        )
+    try:
+        text_tokenizer = AutoTokenizer.from_pretrained(llm)
+        return text_tokenizer, AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"llm {llm}: cannot be read ({line})") from error
+
+
+def model_config(
+    vision: DualTokenVisionTokenizer, text_config: PreTrainedConfig, model: ModelConfig, ids: dict[str, int]
+) -> DualTokenConfig:
+    """The model's config; codebook sizes and depths of the heads are those of the vision tokenizer.
+
+    Args: ids: of the special tokens, by the names of `SPECIAL`.
+    """
+    heads = {}
+    for name in ("pixel", "semantic"):
+        book = getattr(vision, name).quantizer.config
+        heads[f"{name}_head"] = asdict(model.head) | {"codebook_size": book.codebook_size, "depth": book.depth}
+    return DualTokenConfig(
+        vision_config=vision.config,
+        text_config=text_config,
+        projector=asdict(model.projector),
+        **heads,
+        positions=vision.positions,
+        **model.switches(),
+        **ids,
+    )

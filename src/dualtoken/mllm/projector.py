@@ -1,0 +1,57 @@
+"""From the features of both vocabularies to one embedding of the LLM (paper section 3.3, appendix D).
+
+Shapes: M images, N positions, C width of the tokenizer, H width of the LLM.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dualtoken.core.errors import UserError
+
+
+@dataclass
+class ProjectorConfig:
+    """How features become embeds.
+
+    Args:
+        order: "concat_first" joins pixel and semantic features, then projects (appendix D: 2048 -> 2048 -> 2048);
+            "project_first" projects each to half the width, then joins (section 3.3).
+        places: add a learned embedding to each of the N positions. The paper has none; a small LLM that has not
+            learnt to count from its rotary positions needs it to know where in the picture it is.
+    """
+
+    order: Literal["concat_first", "project_first"] = "concat_first"
+    places: bool = False
+
+
+def two_layers(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
+    """Linear, GELU, linear: the form of all projectors (appendix F.4)."""
+    return nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, out_dim))
+
+
+class Projector(nn.Module):
+    """Pixel and semantic features, both [M, N, C] -> embeds [M, N, H]; the sequence does not grow."""
+
+    def __init__(self, in_dim: int, out_dim: int, positions: int, config: ProjectorConfig):
+        super().__init__()
+        if config.order not in ("concat_first", "project_first"):
+            raise UserError(f"projector.order={config.order!r} must be 'concat_first' or 'project_first'")
+        self.joint = self.pixel = self.semantic = None
+        if config.order == "concat_first":
+            self.joint = two_layers(2 * in_dim, out_dim, out_dim)
+        else:
+            half = out_dim // 2
+            self.pixel = two_layers(in_dim, half, half)
+            self.semantic = two_layers(in_dim, out_dim - half, out_dim - half)
+        self.places = nn.Parameter(torch.randn(positions, out_dim) * 0.02) if config.places else None
+
+    def forward(self, pixel: Tensor, semantic: Tensor, first: int = 0) -> Tensor:
+        """Features of positions `first`, `first` + 1, ... -> embeds."""
+        if self.joint is not None:
+            embeds = self.joint(torch.cat([pixel, semantic], -1))
+        else:
+            embeds = torch.cat([self.pixel(pixel), self.semantic(semantic)], -1)
+        return embeds if self.places is None else embeds + self.places[first : first + pixel.shape[1]]

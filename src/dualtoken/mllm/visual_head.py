@@ -1,0 +1,127 @@
+"""A visual head: from the LLM's hidden state to the D residual codes of a position (paper section 3.3, eq. 5).
+
+The model holds two, `pixel_head` and `semantic_head`. Depth 1 sees the projected hidden state, depth d > 1 the sum
+of the embeddings of the codes before it; a causal transformer runs over the depths, and every depth has its own
+classifier.
+
+Shapes: M positions, D depth, H width of the LLM, W width of the head, K codebook size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dualtoken.core.errors import UserError
+from dualtoken.mllm.projector import two_layers
+from dualtoken.tokenizer.branch import AttentionCache, GatedMLP
+
+
+@dataclass
+class VisualHeadConfig:
+    """Sizes of a head; the defaults give the paper's 258 M at D = 4 and K = 16384 (docs/decisions.md).
+
+    Args: width: of the depth transformer; embed_dim: of the code embeddings ("VQEmbedding", 16 M in appendix D).
+    """
+
+    codebook_size: int = 16384
+    depth: int = 4
+    width: int = 2048
+    layers: int = 3
+    heads: int = 16
+    embed_dim: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise UserError(f"head.width {self.width} must be a multiple of head.heads {self.heads}")
+
+
+class DepthBlock(nn.Module):
+    """Causal self-attention over depths and a gated MLP, both with the norm before."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = GatedMLP(width)
+
+    def forward(self, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
+        """x [M, D, W] -> the same, all depths at once; with a cache x [M, 1, W] is the next depth."""
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in self.qkv(self.norm(x)).chunk(3, -1))
+        if cache is not None:
+            cache.keys = k if cache.keys is None else torch.cat([cache.keys, k], 2)
+            cache.values = v if cache.values is None else torch.cat([cache.values, v], 2)
+            k, v = cache.keys, cache.values
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+@dataclass
+class DepthState:
+    """Where step-wise prediction of a position stands: caches by layer, and the sum of code embeddings so far."""
+
+    caches: list[AttentionCache]
+    depth: int = 0
+    embeds: Tensor | None = None  # [M, embed_dim]
+
+
+class VisualHead(nn.Module):
+    """Generation projector, depth transformer, classifiers; `forward` and `step` give the same logits."""
+
+    def __init__(self, hidden: int, config: VisualHeadConfig):
+        super().__init__()
+        self.config = config
+        self.projector = two_layers(hidden, config.width, config.width)
+        self.embedding = nn.Embedding(config.codebook_size, config.embed_dim)
+        self.embed_in = nn.Linear(config.embed_dim, config.width)
+        self.positions = nn.Parameter(torch.zeros(config.depth, config.width))
+        self.blocks = nn.ModuleList(DepthBlock(config.width, config.heads) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.classifiers = nn.ModuleList(
+            nn.Linear(config.width, config.codebook_size, bias=False) for _ in range(config.depth)
+        )
+        nn.init.normal_(self.embedding.weight, std=config.embed_dim**-0.5)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def features(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """Teacher-forced states of all depths: hidden [M, H], codes [M, D] -> [M, D, W], before the classifiers."""
+        before = self.embedding(codes[:, :-1]).cumsum(1)  # eq. 5
+        x = torch.cat([self.projector(hidden)[:, None], self.embed_in(before)], 1) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """Logits [M, D, K] of codes [M, D] given hidden [M, H] and the codes before each depth."""
+        x = self.features(hidden, codes)
+        return torch.stack([classify(x[:, d]) for d, classify in enumerate(self.classifiers)], 1)
+
+    def loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        """Cross-entropy by depth [D] (eq. 7), summed over the M positions; one depth's logits at a time."""
+        x = self.features(hidden, codes)
+        return torch.stack([
+            F.cross_entropy(classify(x[:, d]).float(), codes[:, d], reduction="sum")
+            for d, classify in enumerate(self.classifiers)
+        ])  # fmt: skip
+
+    def start(self) -> DepthState:
+        """State before depth 1."""
+        return DepthState([AttentionCache() for _ in self.blocks])
+
+    def step(self, state: DepthState, given: Tensor) -> Tensor:
+        """Logits [M, K] of the next depth; `given` is hidden [M, H] at depth 1, then the codes [M] just chosen."""
+        if state.depth == 0:
+            x = self.projector(given)
+        else:
+            chosen = self.embedding(given)
+            state.embeds = chosen if state.embeds is None else state.embeds + chosen
+            x = self.embed_in(state.embeds)
+        x = (x + self.positions[state.depth])[:, None]
+        for block, cache in zip(self.blocks, state.caches, strict=True):
+            x = block(x, cache)
+        state.depth += 1
+        return self.classifiers[state.depth - 1](self.norm(x[:, 0]))

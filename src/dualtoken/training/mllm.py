@@ -1,0 +1,304 @@
+"""`dualtoken train-mllm`: the MLLM in all stages (paper section 4.2, Table 13), one visible loop for all of them."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dualtoken.core.distributed import all_reduce_sum
+from dualtoken.core.errors import UserError
+from dualtoken.core.pretrained import check_directory
+from dualtoken.data.chat import StoredCodes, by_name
+from dualtoken.data.collate import IGNORE, PackedBatch, pack
+from dualtoken.data.mixture import Dropout, MixtureBatches, mixture_batches
+from dualtoken.data.scene_chat import TASKS, SceneChatConfig, SceneChats
+from dualtoken.mllm.model import Counts, DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_llm
+from dualtoken.mllm.processor import DualTokenProcessor
+from dualtoken.tokenizer.presets import open_tokenizer, tokenizer_directory
+from dualtoken.training.loop import Loop, LoopConfig, seed_step
+from dualtoken.training.stages import STAGES, LoraConfig, Stage, StageOptim, set_trained
+from dualtoken.training.stored_codes import encode_pictures, store_codes
+
+
+@dataclass
+class ChatDataConfig:
+    """Training chats.
+
+    Args:
+        scenes: the pool of scenes.
+        length: tokens of a row; samples are packed into rows.
+        dropout: what is hidden at random.
+        codes: folder where the pictures' codes are kept; default: OUTPUT/codes. They are made once.
+        workers: processes that make batches ahead; 0 = none.
+        held_out: chats of each task that are evaluated.
+    """
+
+    scenes: SceneChatConfig = field(default_factory=SceneChatConfig)
+    length: int = 512
+    dropout: Dropout = field(default_factory=Dropout)
+    codes: str | None = None
+    workers: int = 0
+    held_out: int = 16
+
+
+def train_mllm(
+    output: str = "runs/mllm",
+    stage: str | None = None,
+    stages: str = "all",
+    start: str | None = None,
+    vision_tokenizer: str = "mini",
+    llm: str | None = None,
+    small: SmallLLMConfig = SmallLLMConfig(),
+    resume: Literal["auto", "never"] = "auto",
+    seed: int = 0,
+    data: ChatDataConfig = ChatDataConfig(),
+    model: ModelConfig = ModelConfig(),
+    recipe: dict[str, Stage] = STAGES,
+    optim: StageOptim = StageOptim(),
+    lora: LoraConfig = LoraConfig(),
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    write_tokenizer: bool = True,
+    loop: LoopConfig = LoopConfig(),
+) -> None:
+    """Train the multimodal LLM, stage by stage.
+
+    Args:
+        output: folder of the run; every stage has a folder in it, with its model in OUTPUT/stage-N/model.
+        stage: one stage alone (1, 2, 3, 4-1, 4-2, or what the recipe names); it starts from the stage before.
+        stages: "all", or some, as "1,2"; those that are done are passed over.
+        start: directory of a model to start from, in place of the stage before or of new parts.
+        vision_tokenizer: directory or preset.
+        llm: directory or hub id of a causal LLM; without it a small one of `small` sizes at random.
+        seed: of weights, order of data and everything random.
+        recipe: the stages; default: Table 13.
+        dtype: of the written model.
+        write_tokenizer: put the vision tokenizer into each written model.
+    """
+    settings = dict(locals())
+    known = list(recipe)
+    wanted = [stage] if stage is not None else known if stages == "all" else stages.split(",")
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UserError(f"--stage {', '.join(unknown)}: unknown; the stages are {', '.join(known)}")
+    for name in wanted:
+        folder = Path(output) / f"stage-{name}"
+        if (folder / "model/config.json").is_file() and stage is None:
+            print(f"stage {name} is done: {folder / 'model'}")
+            continue
+        before = start if name == wanted[0] and start else _before(output, known, name)
+        torch.manual_seed(seed)
+        built, processor = _open(before, vision_tokenizer, llm, small, data.scenes, model)
+        chosen = settings | {"stage": name, "output": str(folder)}
+        _train_stage(built, processor, recipe[name], known.index(name), chosen)
+
+
+def _before(output: str, known: list[str], name: str) -> Path | None:
+    """The model of the stage before; None for the first. Raises UserError where it is not there."""
+    if name == known[0]:
+        return None
+    before = Path(output) / f"stage-{known[known.index(name) - 1]}" / "model"
+    if not before.is_dir():
+        raise UserError(f"--stage {name}: no {before}; train the stage before, or give --start DIR")
+    return before
+
+
+def _open(
+    start: str | Path | None,
+    vision_tokenizer: str,
+    llm: str | None,
+    small: SmallLLMConfig,
+    scenes: SceneChatConfig,
+    model: ModelConfig,
+) -> tuple[DualTokenForConditionalGeneration, DualTokenProcessor]:
+    """The model a stage begins with."""
+    if start is not None:
+        check_directory(start, "--start", DualTokenConfig.model_type)
+        built = DualTokenForConditionalGeneration.from_pretrained(start)
+        for name, value in model.switches().items():
+            setattr(built.config, name, value)
+        built.attach(open_tokenizer(vision_tokenizer, "--vision_tokenizer"))
+        return built, DualTokenProcessor.from_pretrained(start)
+    if llm is not None:
+        return from_parts(vision_tokenizer, llm, model=model)
+    return from_parts(vision_tokenizer, *small_llm(scene_texts(scenes), small), model)
+
+
+def scene_texts(config: SceneChatConfig, per_task: int = 2000) -> Iterator[str]:
+    """What is said in the scenes' chats, for a text tokenizer."""
+    chats = SceneChats(config)
+    for task in TASKS:
+        for index in range(per_task):
+            for message in chats.sample(task, index).messages:
+                yield "\n".join([message.role, *(part for part in message.content if isinstance(part, str)), ""])
+
+
+def _train_stage(
+    model: DualTokenForConditionalGeneration,
+    processor: DualTokenProcessor,
+    stage: Stage,
+    number: int,
+    settings: dict[str, Any],
+) -> None:
+    """One stage in its own folder, from its newest state if there is one."""
+    data, optim, lora, config = (settings[k] for k in ("data", "optim", "lora", "loop"))
+    seed, folder = settings["seed"], Path(settings["output"])
+    told = settings | {"recipe": stage}
+    run = Loop(str(folder), stage.steps, seed, settings["resume"], config, told, folder.name)
+    split = stage.batch_size / (config.accumulate * run.accelerator.num_processes)
+    if split != int(split) or split < 1:
+        raise UserError(
+            f"stage {settings['stage']}: batch_size {stage.batch_size} cannot be split over {config.accumulate} "
+            f"accumulated batches on {run.accelerator.num_processes} processes (--loop.accumulate)"
+        )
+    model.vision_tokenizer.to(run.device)
+    stored, held_out = _codes(model, processor, data, folder)
+    model.vision_tokenizer.drop_tower()  # from here on pictures are codes
+    seed_step(seed, 2**32 + number, 0)
+    if lora.rank and "llm" in stage.trains:
+        model.llm = _with_adapters(model.llm, lora)
+    model.to(run.device)
+    if model.supports_gradient_checkpointing and config.gradient_checkpointing:
+        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = set_trained(model, stage, bool(lora.rank))
+    groups = [{"params": p, "lr": stage.trains[part], "rate": stage.trains[part]} for part, p in trained.items()]
+    optimizer = run.accelerator.prepare(
+        torch.optim.AdamW(groups, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True)
+    )
+    batches = MixtureBatches(
+        SceneChats(data.scenes),
+        stage.mixture,
+        processor.encode,
+        int(split),
+        data.length,
+        processor.tokenizer.pad_token_id,
+        seed + number,
+        stored,
+        data.dropout,
+        run.accelerator.process_index,
+        run.accelerator.num_processes,
+    )
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state = run.restore()
+    if state is not None:
+        with torch.no_grad():
+            for name, parameter in learning.items():
+                parameter.copy_(state["model"][name])
+        optimizer.load_state_dict(state["optimizer"])
+    wrapped = run.accelerator.prepare(model)
+    parameters = list(learning.values())
+    stream = mixture_batches(batches, run.start * config.accumulate, stage.steps * config.accumulate, data.workers)
+    for step in run.run():
+        wrapped.train()
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * optim.factor(step, stage.steps)
+        parts = [next(stream).to(run.device) for _ in range(config.accumulate)]
+        totals = _counts(model, parts)
+        sums: dict[str, Tensor] = {}
+        for batch in parts:
+            out = wrapped(**batch.inputs, counts=totals)
+            run.accelerator.backward(out.loss * run.accelerator.num_processes)  # DDP takes the mean of sums
+            for name, value in _measures(out).items():
+                sums[name] = sums.get(name, 0) + value
+        sums = {name: all_reduce_sum(value) for name, value in sums.items()}
+        run.check(step, sums)
+        if optim.clip:
+            run.accelerator.clip_grad_norm_(parameters, optim.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        useful = sum(b.useful for b in parts) / len(parts)
+        run.log(step, sums | {"useful": useful, "lr": optim.factor(step, stage.steps)})
+        if run.due(step, config.eval_every):
+            found = evaluate(model, held_out, run.device)
+            run.record({"step": step + 1, **{f"eval_{k}": round(v, 4) for k, v in found.items()}})
+            run.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+        if run.due(step, config.save_every):
+            weights = {name: parameter.detach() for name, parameter in learning.items()}
+            run.save(step + 1, {"model": weights, "optimizer": optimizer.state_dict()})
+    if run.main:
+        _write(model, processor, settings, folder)
+
+
+def _codes(
+    model: DualTokenForConditionalGeneration, processor: DualTokenProcessor, data: ChatDataConfig, folder: Path
+) -> tuple[StoredCodes, dict[str, list[PackedBatch]]]:
+    """Codes of the training pictures, and batches of unseen chats by task."""
+    train, test = SceneChats(data.scenes), SceneChats(data.scenes, "test")
+    place = Path(data.codes) if data.codes else folder.parent / "codes"
+    stored = store_codes(model.vision_tokenizer, train.pictures(), place)
+    samples = {task: [test.sample(task, i) for i in range(data.held_out)] for task in TASKS}
+    pictures = by_name(s for group in samples.values() for s in group)
+    unseen = StoredCodes(encode_pictures(model.vision_tokenizer, list(pictures.values())), list(pictures))
+    fill = processor.tokenizer.pad_token_id
+    return stored, {
+        task: [pack([processor.encode(unseen.fill(s)) for s in group], data.length, fill)]
+        for task, group in samples.items()
+    }
+
+
+def _counts(model: DualTokenForConditionalGeneration, parts: list[PackedBatch]) -> Counts:
+    """What the losses of a step are divided by, summed over its batches and all processes."""
+    text = drawn = semantic = 0
+    for batch in parts:
+        text += int((batch.labels != IGNORE).sum())
+        if batch.codes is not None:
+            is_drawn = model.drawn(batch.input_ids, model.places(batch.input_ids, batch.codes))
+            drawn += int(is_drawn.sum()) * model.config.positions
+            semantic += int((is_drawn & batch.draw_semantic).sum()) * model.config.positions
+    summed = all_reduce_sum(torch.tensor([text, drawn, semantic], dtype=torch.float64, device=model.device))
+    return Counts(*summed.tolist())
+
+
+def _measures(out: Any) -> dict[str, Tensor]:
+    """Parts of the loss for the log: nats a text token, and a code (mean over depths)."""
+    return {"loss": out.loss.detach(), "text": out.text, "pixel": out.pixel.mean(), "semantic": out.semantic.mean()}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, held_out: dict[str, list[PackedBatch]], device: torch.device) -> dict[str, float]:
+    """Parts of the loss on unseen chats: nats a text token for tasks that answer, nats a code for those that draw."""
+    model.eval()
+    found: dict[str, float] = {}
+    for task, batches in held_out.items():
+        outs = [model(**batch.to(device).inputs) for batch in batches]
+        found[f"{task}_text"] = sum(float(o.text) for o in outs) / len(outs)
+        if task in ("text_to_image", "edit", "story"):
+            found[f"{task}_pixel"] = sum(float(o.pixel.mean()) for o in outs) / len(outs)
+            found[f"{task}_semantic"] = sum(float(o.semantic.mean()) for o in outs) / len(outs)
+    return {k: v for k, v in found.items() if not math.isnan(v)}
+
+
+def _with_adapters(llm: nn.Module, lora: LoraConfig) -> nn.Module:
+    """The LLM with low-rank adapters (peft)."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError("--lora.rank needs peft: pip install 'dualtoken[lora]'") from None
+    settings = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets
+    )
+    return peft.get_peft_model(llm, settings)
+
+
+def _write(
+    model: DualTokenForConditionalGeneration, processor: DualTokenProcessor, settings: dict[str, Any], folder: Path
+) -> None:
+    """The model of the stage as a directory, whole or not at all."""
+    if hasattr(model.llm, "merge_and_unload"):
+        model.llm = model.llm.merge_and_unload()
+    draft = folder / "model.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    model.attach(open_tokenizer(settings["vision_tokenizer"], "--vision_tokenizer"))
+    place = None
+    if not settings["write_tokenizer"]:
+        place = str(tokenizer_directory(settings["vision_tokenizer"]).resolve())
+    model.to("cpu", dtype=getattr(torch, settings["dtype"])).save_pretrained(draft, tokenizer_path=place)
+    processor.save_pretrained(draft)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    draft.rename(folder / "model")
+    print(f"written: {folder / 'model'}")

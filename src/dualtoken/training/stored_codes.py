@@ -1,0 +1,69 @@
+"""Codes of a pool of pictures, made once and kept: the MLLM then trains without the vision tower.
+
+Written in files of some thousand pictures, each whole or not there, so a stopped run goes on with the next file.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dualtoken.core.codes import DualCodes
+from dualtoken.core.distributed import is_main
+from dualtoken.core.errors import UserError
+from dualtoken.core.images import to_float
+from dualtoken.data.chat import Picture, StoredCodes
+from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
+
+PER_FILE, BATCH = 4096, 64
+
+
+def picture_bytes(picture: Picture, size: int) -> Tensor:
+    """uint8 [3, size, size] of a picture that has no codes. Raises UserError where it holds neither."""
+    if picture.image is not None:
+        return picture.image
+    if picture.drawing is None:
+        raise UserError(f"picture {picture.name} has neither pixels nor codes")
+    return torch.from_numpy(picture.drawing.render(size)).permute(2, 0, 1).contiguous()
+
+
+@torch.no_grad()
+def encode_pictures(tokenizer: DualTokenVisionTokenizer, pictures: Sequence[Picture]) -> DualCodes:
+    """Codes of pictures, in batches, on the tokenizer's device; returned on the CPU."""
+    parts = []
+    for start in range(0, len(pictures), BATCH):
+        chosen = [pictures[i] for i in range(start, min(start + BATCH, len(pictures)))]
+        images = torch.stack([picture_bytes(picture, tokenizer.image_size) for picture in chosen])
+        parts.append(tokenizer.encode(to_float(images.to(tokenizer.device))).to("cpu"))
+    return DualCodes.cat(parts)
+
+
+def store_codes(tokenizer: DualTokenVisionTokenizer, pictures: Sequence[Picture], folder: Path) -> StoredCodes:
+    """Encode what `folder` does not hold yet (main process only), and read all of it.
+
+    Raises UserError where the folder holds another pool.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(pictures), PER_FILE)
+    for start in tqdm(starts, desc="codes", unit=" files", disable=None if is_main() else True):
+        place = folder / f"{start:09d}.safetensors"
+        if place.exists() or not is_main():
+            continue
+        part = [pictures[i] for i in range(start, min(start + PER_FILE, len(pictures)))]
+        draft = place.with_suffix(".draft")
+        encode_pictures(tokenizer, part).save(draft, [picture.name for picture in part])
+        draft.rename(place)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return load_codes(folder)
+
+
+def load_codes(folder: Path) -> StoredCodes:
+    """What `store_codes` wrote. Raises UserError where there is nothing."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"--data.codes {folder}: no file of codes in it")
+    parts = [DualCodes.load(file) for file in files]
+    return StoredCodes(DualCodes.cat([codes for codes, _ in parts]), [name for _, names in parts for name in names])
