@@ -41,7 +41,7 @@ def test_every_command_explains_its_options(path, command, capsys):
         (["demos"], "did you mean 'demo'?"),
         (["eval", "zeroshot"], "did you mean 'zero-shot'?"),
         (["encode", "x", "--modl", "mini"], "nearest valid key is 'model'"),
-        (["train-tokenizer", "--config", "mini-tokeniser"], "shipped recipes: mini-encoder, mini-tokenizer"),
+        (["train-tokenizer", "--config", "mini-tokeniser"], "shipped recipes: mini-draw, mini-encoder"),
         (["train-tokenizer", "--data.batch_size", "many"], "data.batch_size"),
         (["info", "nowhere"], "no such directory, and no preset (presets: mini)"),
         (["eval", "reconstruction", "--data", "nowhere"], "--data nowhere: no such file or folder"),
@@ -61,8 +61,9 @@ def test_mistakes_are_one_line_with_status_2(arguments, words, capsys):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_accepted(recipe, tmp_path, capsys):
-    command = "train-encoder" if "encoder" in recipe.stem else "train-tokenizer"
+    options = {"encoder": ("train-encoder", "--data.source"), "tokenizer": ("train-tokenizer", "--data.source")}
+    command, missing = options.get(recipe.stem.split("-")[-1], ("train-mllm", "--vision_tokenizer"))
     assert yaml.safe_load(recipe.read_text())["seed"] == 0
-    wrong = [command, "--config", recipe.stem, "--output", str(tmp_path), "--data.source", str(tmp_path / "nowhere")]
-    assert main(wrong) == 2  # every key is read before the data is missed
-    assert "--data.source" in capsys.readouterr().err
+    wrong = [command, "--config", recipe.stem, "--output", str(tmp_path), missing, str(tmp_path / "nowhere")]
+    assert main(wrong) == 2  # every key is read before the data, or the tokenizer, is missed
+    assert missing.lstrip("-") in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualtoken.app.demo_mllm import show_model
 from dualtoken.app.figures import code_colors, draw_code_maps, draw_neighbors, draw_reconstructions, draw_zero_shot
 from dualtoken.app.report import Page
 from dualtoken.core.codes import DualCodes
@@ -22,6 +23,7 @@ from dualtoken.eval.commands import reconstruction, retrieval, zero_shot
 from dualtoken.eval.report import table, write_json
 from dualtoken.eval.scene_factors import FACTORS
 from dualtoken.eval.zero_shot import class_vectors
+from dualtoken.mllm.assistant import Assistant
 from dualtoken.tokenizer.encoder import load_text_tokenizer
 from dualtoken.tokenizer.presets import BUNDLED, encoder_directory, open_encoder, open_tokenizer
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
@@ -52,7 +54,7 @@ def demo(
     images: int = 400,
     seed: int = 0,
 ) -> None:
-    """Show a tokenizer at work: reconstructions, code maps, neighbours, zero-shot labels, measures.
+    """Show a model at work: it looks, draws, edits, tells a story; and its tokenizer, with measures.
 
     Args:
         model: a preset (it brings its image-text encoder).
@@ -73,7 +75,7 @@ def demo(
     tokenizer = open_tokenizer(model)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    page = Page("DualToken: one tokenizer, two vocabularies")
+    page = Page("DualToken miniature: two vocabularies of pictures, one model that reads and writes both")
     page.text(
         "Pixel codes are taken from a shallow layer of a vision transformer, semantic codes from a deep layer of the "
         "same one. Only pixel codes are turned back into pictures; only semantic codes are asked what is in them. The "
@@ -81,16 +83,18 @@ def demo(
     )
     metrics: dict = {"model": model, "seed": seed}
 
-    print("1/5 pictures through their codes")
+    print("1/6 the model looks, draws, edits, tells")
+    metrics["model_at_work"] = show_model(page, folder, Assistant.open(model), own, seed)
+    print("2/6 pictures through their codes")
     gallery = _gallery(tokenizer, images, seed)
     _show_pictures(page, folder, tokenizer, gallery, own)
-    print("2/5 code maps")
+    print("3/6 code maps")
     _show_codes(page, folder, tokenizer, gallery)
-    print("3/5 neighbours by pixel and by semantic codes")
+    print("4/6 neighbours by pixel and by semantic codes")
     metrics["neighbors"] = _show_neighbors(page, folder, gallery)
-    print("4/5 zero-shot labels")
+    print("5/6 zero-shot labels")
     _show_labels(page, folder, model, tokenizer, gallery, own)
-    print("5/5 measures\n")
+    print("6/6 measures\n")
     metrics |= _measure(page, model, images)
     metrics["seconds"] = round(time.time() - started, 1)
     page.text(f"Made in {metrics['seconds']:.0f} s. The same numbers as JSON: metrics.json.")

@@ -3,6 +3,7 @@
 Shapes: M pictures, S side in pixels, N = grid * grid positions, D depth.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,28 @@ def draw_reconstructions(path: Path, originals: Tensor, found: Tensor, names: Se
         axes[2, i].set_xticks([])
         axes[2, i].set_yticks([])
     figure.colorbar(last, ax=axes[2, -1], label="|error|", shrink=0.9).ax.tick_params(labelsize=7)
+    return _save(figure, path)
+
+
+def draw_captioned(path: Path, pictures: Tensor, lines: Sequence[str]) -> Path:
+    """Pictures uint8 [M, 3, S, S] side by side, each with its text below."""
+    figure, axes = plt.subplots(
+        1, len(pictures), figsize=(1.9 * len(pictures), 2.6), squeeze=False, layout="constrained"
+    )
+    for i, line in enumerate(lines):
+        _show(axes[0, i], pictures[i])
+        axes[0, i].set_xlabel(
+            "\n".join(part for row in line.split("\n") for part in textwrap.wrap(row, 24)), fontsize=8
+        )
+    return _save(figure, path)
+
+
+def draw_rows(path: Path, rows: Sequence[Tensor], labels: Sequence[str], titles: Sequence[str]) -> Path:
+    """Rows of pictures, each uint8 [M, 3, S, S], with a label at the left of each row and titles above the first."""
+    figure, axes = _grid(len(rows), len(rows[0]), labels)
+    for row, pictures in enumerate(rows):
+        for i, picture in enumerate(pictures):
+            _show(axes[row, i], picture, titles[i] if row == 0 else "")
     return _save(figure, path)
 
 

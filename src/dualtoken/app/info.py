@@ -1,4 +1,4 @@
-"""`dualtoken info`: what a model directory or preset holds."""
+"""`dualtoken info`: what a model directory or preset holds, and what the paper's models would."""
 
 import json
 import math
@@ -9,6 +9,8 @@ from torch import nn
 from dualtoken.core.errors import UserError
 from dualtoken.core.pretrained import check_directory
 from dualtoken.eval.report import table
+from dualtoken.mllm.model import DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.presets import PAPER_LLMS, mllm_directory, open_mllm, paper_model
 from dualtoken.tokenizer.encoder import ImageTextConfig, ImageTextEncoder
 from dualtoken.tokenizer.presets import BUNDLED, encoder_directory, open_encoder, open_tokenizer, tokenizer_directory
 from dualtoken.tokenizer.tokenizer import DualTokenVisionConfig, DualTokenVisionTokenizer
@@ -18,12 +20,18 @@ def info(model: str) -> None:
     """Print parameters by part, sizes, taps and codes of a model.
 
     Args:
-        model: a preset, or the directory of a tokenizer or image-text encoder.
+        model: a preset, or the directory of a tokenizer, image-text encoder or multimodal model; "paper-3b" and
+            "paper-7b" are counted without weights.
     """
+    if model in PAPER_LLMS:
+        _mllm(model, paper_model(model))
+        return
     if model in BUNDLED:
         _tokenizer(tokenizer_directory(model), open_tokenizer(model))
         print()
         _encoder(encoder_directory(model), open_encoder(model))
+        print()
+        _mllm(mllm_directory(model), open_mllm(model)[0])
         return
     if not Path(model).exists():
         raise UserError(f"MODEL {model}: no such directory, and no preset (presets: {', '.join(BUNDLED)})")
@@ -33,8 +41,12 @@ def info(model: str) -> None:
         _tokenizer(directory, open_tokenizer(model))
     elif kind == ImageTextConfig.model_type:
         _encoder(directory, open_encoder(model))
+    elif kind == DualTokenConfig.model_type:
+        _mllm(directory, open_mllm(model)[0])
     else:
-        raise UserError(f"MODEL {model}: holds a {kind!r} model; info knows tokenizers and image-text encoders")
+        raise UserError(
+            f"MODEL {model}: holds a {kind!r} model; info knows tokenizers, image-text encoders and multimodal models"
+        )
 
 
 def _tokenizer(directory: Path, model: DualTokenVisionTokenizer) -> None:
@@ -66,6 +78,25 @@ def _encoder(directory: Path, model: ImageTextEncoder) -> None:
         ("image", f"{model.backbone.image_size} px, {model.backbone.layers} blocks of width {model.backbone.width}"),
         ("text", f"{text['layers']} layers of width {text['width']}, {text['length']} tokens of {text['vocab_size']}"),
     ]
+    print("\n" + table(("part", "what"), rows))
+
+
+def _mllm(name: Path | str, model: DualTokenForConditionalGeneration) -> None:
+    config = model.config
+    print(f"multimodal model {name}\n")
+    print(_parameters(model))
+    text, rows = config.text_config, []
+    for head in ("pixel", "semantic"):
+        sizes = ", ".join(
+            f"{part} {sum(p.numel() for p in module.parameters()):,}"
+            for part, module in getattr(model, f"{head}_head").named_children()
+        )
+        rows.append((f"{head} head", sizes))
+    rows += [
+        ("LLM", f"{text.model_type}, {text.num_hidden_layers} layers of width {text.hidden_size}, "
+                f"{text.vocab_size} tokens, context {text.max_position_embeddings}"),
+        ("a picture", f"{config.positions} positions, read as {config.input}, drawn as {config.output}"),
+    ]  # fmt: skip
     print("\n" + table(("part", "what"), rows))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message, Picture
-from dualtoken.data.scene_text import Edit, caption, captions, edits, questions
+from dualtoken.data.scene_text import NUMBERS, Edit, caption, captions, edits, questions
 from dualtoken.data.scenes import SPLITS, Scene, scene
 
 TASKS = ("caption", "vqa", "text_to_image", "edit", "story", "text")
@@ -64,6 +64,11 @@ def narrate(edit: Edit) -> str:
 def names(drawn: Scene) -> str:
     """What is in a scene, without detail: "a red star and a blue ring"."""
     return " and ".join(f"a {thing.name}" for thing in drawn.objects)
+
+
+def story_prompt(begin: Scene, pictures: int) -> str:
+    """What asks for a story of two or three pictures that begins with a scene."""
+    return f"tell a story in {NUMBERS[pictures]} pictures about {names(begin)}"
 
 
 class SceneChats:
@@ -144,8 +149,7 @@ class SceneChats:
         told: list[str | Picture] = [f"first there is {names(begin)}", self.picture(number)]
         for k in range(links):
             told += [narrate(chain[k]), self.picture(number, k + 1)]
-        asked = f"tell a story in {('two', 'three')[links - 1]} pictures about {names(begin)}"
-        return Message("user", (asked,)), Message("assistant", tuple(told))
+        return Message("user", (story_prompt(begin, links + 1),)), Message("assistant", tuple(told))
 
     def _text(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
         drawn = self._scene(number)
