@@ -67,6 +67,8 @@ def split(config: Any, ids: Tensor, mask: Tensor | None, codes: DualCodes | None
             f"the text has {found} image placeholders, {images} images of {config.positions} positions need "
             f"{images * config.positions}; give one picture for every picture in the prompt"
         )
+    if codes is not None:  # a class token's code is not for the LLM
+        codes = DualCodes(codes.pixel, codes.semantic[:, -config.positions :])
     rows, at = [], 0
     for row, keep, count in zip(ids, mask > 0, counts.tolist(), strict=True):
         n = count // config.positions

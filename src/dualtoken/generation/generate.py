@@ -11,7 +11,7 @@ from dualtoken.generation.context import Model, split
 from dualtoken.generation.image import draw
 from dualtoken.generation.interleaved import interleave
 from dualtoken.generation.sampling import DrawConfig
-from dualtoken.generation.text import write
+from dualtoken.generation.text import stop_ids, write
 
 MODES = ("text", "image", "interleaved")
 
@@ -52,8 +52,7 @@ def generate(
     if mode == "text":
         replies = write(model, contexts, **text_options)
         longest = max(len(r) for r in replies)
-        fill = model.config.vision_end_id if longest == 0 else int(replies[0][-1])
-        out = torch.full((len(replies), longest), fill, device=input_ids.device)
+        out = torch.full((len(replies), longest), stop_ids(model)[0], device=input_ids.device)
         for row, reply in enumerate(replies):
             out[row, : len(reply)] = reply
         return torch.cat([input_ids, out], 1)

@@ -14,7 +14,7 @@ from dualtoken.core.codes import DualCodes
 from dualtoken.generation.context import Context, Model
 from dualtoken.generation.image import draw
 from dualtoken.generation.sampling import DrawConfig
-from dualtoken.generation.text import write
+from dualtoken.generation.text import stop_ids, write
 
 
 @dataclass
@@ -49,20 +49,21 @@ def interleave(
     replies = [Reply() for _ in contexts]
     contexts = list(contexts)
     plain = None if unconditional is None else list(unconditional)
+    ends, options = set(stop_ids(model)), options | {"may_draw": True, "draw_semantic": config.semantic_codes}
     active = list(range(len(contexts)))
     while active:
         wanting = []
-        for row, ids in zip(active, write(model, [contexts[i] for i in active], may_draw=True, **options), strict=True):
-            reply, last = replies[row], int(ids[-1]) if len(ids) else -1
-            wants = last == model.config.draw_start_id
-            spoken = ids[:-1] if wants or len(ids) < options.get("max_new_tokens", len(ids) + 1) else ids
+        for row, ids in zip(active, write(model, [contexts[i] for i in active], **options), strict=True):
+            reply, last = replies[row], int(ids[-1])
+            wants, ended = last == model.config.draw_start_id, last in ends
+            spoken = ids[:-1] if wants or ended else ids
             if len(spoken):
                 reply.parts.append(spoken)
             contexts[row] = contexts[row].extend(spoken)
             if wants and len(reply.images) < max_images:
                 wanting.append(row)
             else:
-                reply.ended = not wants
+                reply.ended = ended
         if wanting:
             chosen = [contexts[i] for i in wanting], None if plain is None else [plain[i] for i in wanting]
             numbers = [seeds[i] + len(replies[i].images) for i in wanting]

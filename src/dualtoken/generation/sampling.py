@@ -76,7 +76,8 @@ def sample(logits: Tensor, sampling: HeadSampling, uniform: Tensor) -> Tensor:
         return logits.argmax(-1)
     probabilities, codes = keep_likely(logits.float(), sampling)
     chosen = (probabilities.cumsum(-1) <= uniform[:, None]).sum(-1, keepdim=True)
-    return codes.gather(-1, chosen.clamp(max=codes.shape[-1] - 1))[:, 0]
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding may leave the sum below the uniform number
+    return codes.gather(-1, torch.minimum(chosen, last))[:, 0]
 
 
 def uniforms(seeds: list[int], positions: int, depth: int, device: torch.device) -> Tensor:

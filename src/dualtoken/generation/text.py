@@ -10,19 +10,21 @@ MAX_NEW_TOKENS = 256
 
 
 @torch.no_grad()
-def write(model: Model, contexts: list[Context], may_draw: bool = False, **options) -> list[Tensor]:
+def write(
+    model: Model, contexts: list[Context], may_draw: bool = False, draw_semantic: bool = True, **options
+) -> list[Tensor]:
     """Go on with each context in words until the reply ends; with `may_draw` also until the model wants to draw.
 
-    Args: options: of transformers' generate (max_new_tokens, do_sample, temperature, streamer, ...).
+    Args:
+        draw_semantic: False where pictures drawn before have no semantic codes.
+        options: of transformers' generate (max_new_tokens, do_sample, temperature, streamer, ...).
     Returns: the new ids of each row, with the token that ended it. Raises UserError where the LLM cannot hold it.
     """
     config = model.config
     room = model.context - max(len(c.ids) for c in contexts)
     options.setdefault("max_new_tokens", min(MAX_NEW_TOKENS, max(1, room)))
-    rows = join(model, contexts, options["max_new_tokens"])
-    stops = _stops(model)
-    if not stops:
-        raise UserError("the LLM has no end-of-text token: set generation_config.eos_token_id")
+    rows = join(model, contexts, options["max_new_tokens"], draw_semantic)
+    stops = stop_ids(model)
     never = [config.vision_start_id, config.image_id, config.vision_end_id, config.draw_end_id]
     options.setdefault("do_sample", False)
     out = model.llm.generate(
@@ -37,10 +39,13 @@ def write(model: Model, contexts: list[Context], may_draw: bool = False, **optio
     return [_until(row, ends) for row in out]
 
 
-def _stops(model: Model) -> list[int]:
+def stop_ids(model: Model) -> list[int]:
+    """The tokens that end a reply. Raises UserError where the LLM has none."""
     found = model.llm.generation_config.eos_token_id
     found = model.config.text_config.eos_token_id if found is None else found
-    return list(found) if isinstance(found, (list, tuple)) else [] if found is None else [found]
+    if found is None or found == []:
+        raise UserError("the LLM has no end-of-text token: set generation_config.eos_token_id")
+    return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
 def _until(row: Tensor, ends: set[int]) -> Tensor:

@@ -65,6 +65,8 @@ class Assistant:
         progress: Progress | None = None,
     ) -> list[list[Image.Image]]:
         """Each picture (file, bytes, array or PIL picture) changed as its instruction says, `count` times."""
+        if len(pictures) != len(instructions):
+            raise UserError(f"{len(pictures)} pictures and {len(instructions)} instructions: give one for each")
         chats = [[user(picture, text)] for picture, text in zip(pictures, instructions, strict=True)]
         return self._draw(chats, count, config, seed, progress)
 

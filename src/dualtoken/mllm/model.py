@@ -107,7 +107,8 @@ class DualTokenConfig(PreTrainedConfig):
         self.vision_start_id, self.image_id, self.vision_end_id = vision_start_id, image_id, vision_end_id
         self.draw_start_id, self.draw_end_id = draw_start_id, draw_end_id
         self.tokenizer_path = tokenizer_path
-        super().__init__(**kwargs)
+        # transformers would set the parts' back ends to None, and an LLM without one masks nothing; {} = as they are.
+        super().__init__(**{"attn_implementation": {}, "experts_implementation": {}} | kwargs)
 
 
 @dataclass
@@ -149,11 +150,12 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         vision_tokenizer: DualTokenVisionTokenizer | None = None,
     ):
         super().__init__(config)
-        self.vision_tokenizer = None
+        self.vision_tokenizer, self.feature_width = None, _feature_width(config)
+        config.vision_config._attn_implementation = None  # asked for the LLM: timm has its own
         if config.tokenizer_path is None:
             self.attach(vision_tokenizer or DualTokenVisionTokenizer(config.vision_config))
-        width, hidden = _feature_width(config), config.text_config.hidden_size
-        self.projector = Projector(width, hidden, config.positions, ProjectorConfig(**config.projector))
+        hidden = config.text_config.hidden_size
+        self.projector = Projector(self.feature_width, hidden, config.positions, ProjectorConfig(**config.projector))
         self.llm = llm or AutoModelForCausalLM.from_config(config.text_config)
         self.pixel_head = VisualHead(hidden, VisualHeadConfig(**config.pixel_head))
         self.semantic_head = VisualHead(hidden, VisualHeadConfig(**config.semantic_head))
@@ -173,6 +175,11 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
             raise UserError(
                 f"the tokenizer does not match the model: {tokenizer.positions} positions there, "
                 f"{self.config.positions} in the model"
+            )
+        if tokenizer.backbone.width != self.feature_width:
+            raise UserError(
+                f"the tokenizer does not match the model: features of width {tokenizer.backbone.width} there, "
+                f"{self.feature_width} in the model"
             )
         self.vision_tokenizer = tokenizer.requires_grad_(False).eval()
 
@@ -376,6 +383,8 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
     def save_pretrained(self, directory: str | Path, tokenizer_path: str | None = None, **kwargs) -> None:
         """Write the whole model; with `tokenizer_path` (seen from the directory) the vision tokenizer stays there."""
         self.config.tokenizer_path = tokenizer_path
+        for part in (self.config.vision_config, self.config.text_config):
+            part.name_or_path = ""  # where it once was on this machine
         if tokenizer_path is not None:
             state = kwargs.get("state_dict") or self.state_dict()
             kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith("vision_tokenizer.")}
@@ -389,6 +398,9 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         if model.vision_tokenizer is None:
             place = Path(directory) / model.config.tokenizer_path
             model.attach(DualTokenVisionTokenizer.from_pretrained(place, dtype=model.dtype).to(model.device))
+        else:
+            model.attach(model.vision_tokenizer)  # loading makes new parameters, which would learn
+        model.llm.generation_config = model.generation_config  # what ends a reply may be known there alone
         return loaded
 
 

@@ -99,9 +99,9 @@ def from_parts(
         raise UserError("from_parts: give the text tokenizer of the LLM")
     if text_tokenizer.chat_template is None:
         text_tokenizer.chat_template = CHATML
-    known = text_tokenizer.get_vocab()
+    special = text_tokenizer.all_special_tokens  # a token of that name that is not special could be typed by a user
     text_tokenizer.add_special_tokens(
-        {"extra_special_tokens": [t for t in SPECIAL.values() if t not in known]}, replace_extra_special_tokens=False
+        {"extra_special_tokens": [t for t in SPECIAL.values() if t not in special]}, replace_extra_special_tokens=False
     )
     if len(text_tokenizer) > llm.get_input_embeddings().num_embeddings:
         llm.resize_token_embeddings(len(text_tokenizer))  # Qwen's tables have spare rows, so this is rare
@@ -110,9 +110,11 @@ def from_parts(
     built = DualTokenForConditionalGeneration(config, llm, vision.to(llm.device))
     for part in (built.projector, built.pixel_head, built.semantic_head):
         part.to(device=llm.device, dtype=dtype)
-    built.generation_config = llm.generation_config
     images = DualTokenImageProcessor(size=vision.image_size)
-    return built, DualTokenProcessor(images, text_tokenizer, positions=vision.positions)
+    processor = DualTokenProcessor(images, text_tokenizer, positions=vision.positions)
+    built.generation_config = llm.generation_config
+    _end_with(built, processor.turn_end)
+    return built, processor
 
 
 def small_llm(
@@ -166,6 +168,15 @@ def _open_llm(llm: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Pr
     except (OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise UserError(f"llm {llm}: cannot be read ({line})") from error
+
+
+def _end_with(model: DualTokenForConditionalGeneration, token: int | None) -> None:
+    """Let replies end with the token that closes a turn, also where the LLM is a base model and has another end."""
+    found = model.generation_config.eos_token_id
+    found = model.config.text_config.eos_token_id if found is None else found
+    ends = [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]
+    if token is not None and token not in ends:
+        model.generation_config.eos_token_id = [*ends, token]
 
 
 def model_config(

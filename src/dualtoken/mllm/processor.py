@@ -15,7 +15,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
-from dualtoken.core.images import fit_image, image_bytes, read_image, to_float
+from dualtoken.core.images import fit_image, image_bytes, to_float
 from dualtoken.data.chat import ChatSample, Message, Picture
 from dualtoken.data.collate import IGNORE, ChatTokens
 from dualtoken.generation.interleaved import Reply
@@ -23,6 +23,8 @@ from dualtoken.mllm.model import SPECIAL, DualTokenConfig
 from dualtoken.tokenizer.image_processor import DualTokenImageProcessor
 
 MARK = re.compile("\ue000([0-9]+)\ue001")  # stands for a part of a message while the template is filled in
+ROLES = ("system", "user", "assistant")
+OPEN_END = "the chat ends with the assistant: end it with the user, so that there is a reply to make"
 
 
 class DualTokenProcessor(ProcessorMixin):
@@ -48,6 +50,7 @@ class DualTokenProcessor(ProcessorMixin):
         for name, number in ids.items():
             setattr(self, name, number)
         self._template_pieces: dict[str, list[int]] = {}
+        self._special = set(tokenizer.all_special_ids)
 
     def __call__(self, text: str | list[str], images: Any = None, return_tensors: str = "pt", **kwargs) -> BatchFeature:
         """Texts in which `<|image_pad|>` stands once for each picture; for chats see apply_chat_template.
@@ -55,8 +58,9 @@ class DualTokenProcessor(ProcessorMixin):
         Special tokens written in `text` are special: it is a prompt, not what a person typed.
         Raises UserError where the number of pictures is not that of the placeholders.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        listed = _flat(images)
+        texts, listed = [text] if isinstance(text, str) else list(text), _flat(images)
+        for image in listed:
+            _refuse_address(image)
         wanted = sum(t.count(SPECIAL["image_id"]) for t in texts)
         if wanted != len(listed):
             raise UserError(f"the text has places for {wanted} pictures, {len(listed)} were given")
@@ -79,8 +83,13 @@ class DualTokenProcessor(ProcessorMixin):
 
         Args: conversation: messages with "role" and "content", a text or a list of {"type": "text", "text": ...} and
             {"type": "image", "image": picture, path, bytes or array}; one chat or a list of them.
+        Raises UserError for content of another kind, and for a chat that leaves the model nothing to reply to.
         """
-        single = bool(conversation) and isinstance(conversation[0], dict)
+        if not conversation:
+            raise UserError("the chat is empty: give at least one message")
+        if kwargs.get("continue_final_message"):
+            raise UserError(OPEN_END)
+        single = isinstance(conversation[0], dict)
         chats = [self._chat(c, add_generation_prompt) for c in ([conversation] if single else conversation)]
         if not tokenize:
             texts = [self._written(chat, add_generation_prompt) for chat in chats]
@@ -114,7 +123,8 @@ class DualTokenProcessor(ProcessorMixin):
         for place, piece in enumerate(MARK.split(self._rendered(sample, generate))):
             if place % 2 == 0:  # of the template
                 new = self._template(piece)
-                learnt = [speaking and i == 0 and t == self.tokenizer.eos_token_id for i, t in enumerate(new)]
+                end = self._turn_end(new) if speaking else -1
+                learnt = [i <= end for i in range(len(new))]
                 speaking = speaking and not new
             else:
                 role, part = parts[int(piece)]
@@ -128,6 +138,14 @@ class DualTokenProcessor(ProcessorMixin):
             raise UserError(f"sample {sample.name}: a picture has no codes; encode it first")
         known = torch.ones(len(codes), dtype=torch.bool)
         return ChatTokens(torch.tensor(ids), torch.tensor(labels), DualCodes.cat(codes) if codes else None, known)
+
+    @property
+    def turn_end(self) -> int | None:
+        """The token that closes the assistant's turn; None where the chat template has no special one."""
+        turns = Message("user", ("a",)), Message("assistant", ("a",))
+        last = self.encode(ChatSample(turns, "chat", "chat")).labels
+        last = int(last[last != IGNORE][-1])
+        return last if last in self._special else None
 
     def batch_decode(self, sequences: Tensor | Iterable[Tensor], **kwargs) -> list[str]:
         """Ids to texts."""
@@ -159,24 +177,29 @@ class DualTokenProcessor(ProcessorMixin):
         """Messages as transformers writes them -> our own. Raises UserError for what they must not hold."""
         messages = []
         for entry in conversation:
-            content = entry.get("content", "")
+            role, content = entry.get("role"), entry.get("content") or ""
+            if role not in ROLES:
+                raise UserError(f"message of role {role!r}: the roles are {', '.join(ROLES)}")
             given = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            messages.append(Message(entry["role"], tuple(self._given(part) for part in given)))
+            messages.append(Message(role, tuple(self._given(part) for part in given)))
         if not messages:
             raise UserError("the chat is empty: give at least one message")
         if open_end and messages[-1].role == "assistant":
-            raise UserError("the chat ends with the assistant: end it with the user, so that there is a reply to make")
+            raise UserError(OPEN_END)
         return ChatSample(tuple(messages), "chat", "chat")
 
     def _given(self, part: dict[str, Any]) -> str | Picture:
-        if part.get("type") == "text":
+        if not isinstance(part, dict):
+            raise UserError(f"content {part!r}: give a dict of type 'text' or 'image' for every part of a message")
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
             return part["text"]
-        source = next((part[key] for key in ("image", "path", "url") if key in part), None)
-        if part.get("type") != "image" or source is None:
+        source = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+        if part.get("type") == "image" and source is None:
+            raise UserError("content of type 'image' without a picture: give one, or a path, as its \"image\"")
+        if part.get("type") != "image":
             raise UserError(f"content of type {part.get('type')!r}: give text, or an image with its picture or path")
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            raise UserError(f"image {source}: addresses are not fetched; give a picture or a path")
-        picture = self.image_processor._open(source) if not isinstance(source, str) else read_image(source)
+        _refuse_address(source)
+        picture = self.image_processor._open(source)
         return Picture("given", image=image_bytes(fit_image(picture, self.image_processor.size)))
 
     def _rendered(self, sample: ChatSample, generate: bool) -> str:
@@ -215,6 +238,13 @@ class DualTokenProcessor(ProcessorMixin):
             self._template_pieces[piece] = self._ids(piece)
         return self._template_pieces[piece]
 
+    def _turn_end(self, ids: list[int]) -> int:
+        """Place of the first special token, -1 where there is none: what the template closes a turn with.
+
+        It need not be the text tokenizer's own end of text: base models of Qwen have another.
+        """
+        return next((place for place, token in enumerate(ids) if token in self._special), -1)
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
@@ -225,6 +255,11 @@ class DualTokenProcessor(ProcessorMixin):
         ids = torch.tensor([[fill] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return ids, mask
+
+
+def _refuse_address(image: Any) -> None:
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        raise UserError(f"image {image}: addresses are not fetched; give a picture or a path")
 
 
 def _flat(images: Any) -> list[Any]:

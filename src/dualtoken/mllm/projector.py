@@ -33,12 +33,17 @@ def two_layers(in_dim: int, hidden: int, out_dim: int) -> nn.Sequential:
 
 
 class Projector(nn.Module):
-    """Pixel and semantic features, both [M, N, C] -> embeds [M, N, H]; the sequence does not grow."""
+    """Pixel and semantic features, both [M, N, C] -> embeds [M, N, H]; the sequence does not grow.
+
+    Features are normalised first, each vocabulary on its own: tokenizers give them at any scale, and embeds far larger
+    than those of text would drown what the layers of the LLM add to them.
+    """
 
     def __init__(self, in_dim: int, out_dim: int, positions: int, config: ProjectorConfig):
         super().__init__()
         if config.order not in ("concat_first", "project_first"):
             raise UserError(f"projector.order={config.order!r} must be 'concat_first' or 'project_first'")
+        self.norm_pixel, self.norm_semantic = nn.LayerNorm(in_dim), nn.LayerNorm(in_dim)
         self.joint = self.pixel = self.semantic = None
         if config.order == "concat_first":
             self.joint = two_layers(2 * in_dim, out_dim, out_dim)
@@ -50,6 +55,7 @@ class Projector(nn.Module):
 
     def forward(self, pixel: Tensor, semantic: Tensor, first: int = 0) -> Tensor:
         """Features of positions `first`, `first` + 1, ... -> embeds."""
+        pixel, semantic = self.norm_pixel(pixel), self.norm_semantic(semantic)
         if self.joint is not None:
             embeds = self.joint(torch.cat([pixel, semantic], -1))
         else:

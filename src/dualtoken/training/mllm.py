@@ -54,6 +54,7 @@ def train_mllm(
     start: str | None = None,
     vision_tokenizer: str = "mini",
     llm: str | None = None,
+    llm_options: dict[str, Any] | None = None,
     small: SmallLLMConfig = SmallLLMConfig(),
     resume: Literal["auto", "never"] = "auto",
     seed: int = 0,
@@ -75,17 +76,21 @@ def train_mllm(
         start: directory of a model to start from, in place of the stage before or of new parts.
         vision_tokenizer: directory or preset.
         llm: directory or hub id of a causal LLM; without it a small one of `small` sizes at random.
+        llm_options: of its from_pretrained, as {"attn_implementation": "flash_attention_2"} or
+            {"quantization_config": {"load_in_4bit": true, "quant_method": "bitsandbytes"}} (with --lora.rank).
         seed: of weights, order of data and everything random.
         recipe: the stages; default: Table 13.
         dtype: of the written model.
         write_tokenizer: put the vision tokenizer into each written model.
     """
     settings = dict(locals())
+    settings.pop("stages")  # which stages are asked for changes none of them
     known = list(recipe)
-    wanted = [stage] if stage is not None else known if stages == "all" else stages.split(",")
+    wanted = [stage] if stage is not None else known if stages == "all" else [s.strip() for s in stages.split(",")]
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise UserError(f"--stage {', '.join(unknown)}: unknown; the stages are {', '.join(known)}")
+    tokenizer_directory(vision_tokenizer, "--vision_tokenizer")  # a missing one is said before any work
     for name in wanted:
         folder = Path(output) / f"stage-{name}"
         if (folder / "model/config.json").is_file() and stage is None:
@@ -93,7 +98,7 @@ def train_mllm(
             continue
         before = start if name == wanted[0] and start else _before(output, known, name)
         torch.manual_seed(seed)
-        built, processor = _open(before, vision_tokenizer, llm, small, data.scenes, model)
+        built, processor = _open(before, vision_tokenizer, (llm, llm_options or {}), small, data.scenes, model)
         chosen = settings | {"stage": name, "output": str(folder)}
         _train_stage(built, processor, recipe[name], known.index(name), chosen)
 
@@ -111,7 +116,7 @@ def _before(output: str, known: list[str], name: str) -> Path | None:
 def _open(
     start: str | Path | None,
     vision_tokenizer: str,
-    llm: str | None,
+    llm: tuple[str | None, dict[str, Any]],
     small: SmallLLMConfig,
     scenes: SceneChatConfig,
     model: ModelConfig,
@@ -122,11 +127,25 @@ def _open(
         built = DualTokenForConditionalGeneration.from_pretrained(start)
         for name, value in model.switches().items():
             setattr(built.config, name, value)
-        built.attach(open_tokenizer(vision_tokenizer, "--vision_tokenizer"))
+        _attach(built, vision_tokenizer, start)
         return built, DualTokenProcessor.from_pretrained(start)
-    if llm is not None:
-        return from_parts(vision_tokenizer, llm, model=model)
+    if llm[0] is not None:
+        return from_parts(vision_tokenizer, llm[0], model=model, **llm[1])
     return from_parts(vision_tokenizer, *small_llm(scene_texts(scenes), small), model)
+
+
+def _attach(model: DualTokenForConditionalGeneration, vision_tokenizer: str, start: str | Path) -> None:
+    """Put the tokenizer asked for in place of the model's own. Raises UserError where its codes are not the same."""
+    own, asked = model.vision_tokenizer, open_tokenizer(vision_tokenizer, "--vision_tokenizer")
+    model.attach(asked)
+    for name in ("pixel", "semantic"):
+        books = [getattr(tokenizer, name).quantizer.codebook.weight for tokenizer in (own, asked)]
+        # Models may be written in 16 bits, so the rows need not be equal to the last digit.
+        if books[0].shape != books[1].shape or (books[0] - books[1]).abs().mean() > 0.01 * books[1].abs().mean():
+            raise UserError(
+                f"--vision_tokenizer {vision_tokenizer}: its {name} codebook is not the one that the model in {start} "
+                "has learnt; give the tokenizer of that model"
+            )
 
 
 def scene_texts(config: SceneChatConfig, per_task: int = 2000) -> Iterator[str]:
@@ -160,8 +179,7 @@ def _train_stage(
     stored, held_out = _codes(model, processor, data, folder)
     model.vision_tokenizer.drop_tower()  # from here on pictures are codes
     seed_step(seed, 2**32 + number, 0)
-    if lora.rank and "llm" in stage.trains:
-        model.llm = _with_adapters(model.llm, lora)
+    adapters = _adapters(model.llm, lora) if lora.rank and "llm" in stage.trains else None
     model.to(run.device)
     if model.supports_gradient_checkpointing and config.gradient_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -202,7 +220,8 @@ def _train_stage(
         sums: dict[str, Tensor] = {}
         for batch in parts:
             out = wrapped(**batch.inputs, counts=totals)
-            run.accelerator.backward(out.loss * run.accelerator.num_processes)  # DDP takes the mean of sums
+            if out.loss.requires_grad:  # a batch may hold nothing that the stage's parts have to do with
+                run.accelerator.backward(out.loss * run.accelerator.num_processes)  # DDP takes the mean of sums
             for name, value in _measures(out).items():
                 sums[name] = sums.get(name, 0) + value
         sums = {name: all_reduce_sum(value) for name, value in sums.items()}
@@ -220,6 +239,8 @@ def _train_stage(
         if run.due(step, config.save_every):
             weights = {name: parameter.detach() for name, parameter in learning.items()}
             run.save(step + 1, {"model": weights, "optimizer": optimizer.state_dict()})
+    if adapters is not None:
+        adapters.merge_and_unload()
     if run.main:
         _write(model, processor, settings, folder)
 
@@ -273,8 +294,8 @@ def evaluate(model: nn.Module, held_out: dict[str, list[PackedBatch]], device: t
     return {k: v for k, v in found.items() if not math.isnan(v)}
 
 
-def _with_adapters(llm: nn.Module, lora: LoraConfig) -> nn.Module:
-    """The LLM with low-rank adapters (peft)."""
+def _adapters(llm: nn.Module, lora: LoraConfig) -> Any:
+    """Put low-rank adapters (peft) into the LLM, which stays the object that it is; returns what merges them."""
     try:
         import peft
     except ImportError:
@@ -282,15 +303,13 @@ def _with_adapters(llm: nn.Module, lora: LoraConfig) -> nn.Module:
     settings = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets
     )
-    return peft.get_peft_model(llm, settings)
+    return peft.LoraModel(llm, settings, "default")
 
 
 def _write(
     model: DualTokenForConditionalGeneration, processor: DualTokenProcessor, settings: dict[str, Any], folder: Path
 ) -> None:
     """The model of the stage as a directory, whole or not at all."""
-    if hasattr(model.llm, "merge_and_unload"):
-        model.llm = model.llm.merge_and_unload()
     draft = folder / "model.draft"
     shutil.rmtree(draft, ignore_errors=True)
     model.attach(open_tokenizer(settings["vision_tokenizer"], "--vision_tokenizer"))

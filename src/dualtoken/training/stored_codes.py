@@ -18,6 +18,7 @@ from dualtoken.data.chat import Picture, StoredCodes
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 
 PER_FILE, BATCH = 4096, 64
+PROBE = 4  # pictures encoded again to see that stored codes are of this tokenizer
 
 
 def picture_bytes(picture: Picture, size: int) -> Tensor:
@@ -43,12 +44,13 @@ def encode_pictures(tokenizer: DualTokenVisionTokenizer, pictures: Sequence[Pict
 def store_codes(tokenizer: DualTokenVisionTokenizer, pictures: Sequence[Picture], folder: Path) -> StoredCodes:
     """Encode what `folder` does not hold yet (main process only), and read all of it.
 
-    Raises UserError where the folder holds another pool.
+    Raises UserError where the folder holds another pool, or codes of another tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(pictures), PER_FILE)
-    for start in tqdm(starts, desc="codes", unit=" files", disable=None if is_main() else True):
-        place = folder / f"{start:09d}.safetensors"
+    places = {folder / f"{start:09d}.safetensors": start for start in range(0, len(pictures), PER_FILE)}
+    if is_main():
+        _check(tokenizer, pictures, folder, places)
+    for place, start in tqdm(places.items(), desc="codes", unit=" files", disable=None if is_main() else True):
         if place.exists() or not is_main():
             continue
         part = [pictures[i] for i in range(start, min(start + PER_FILE, len(pictures)))]
@@ -58,6 +60,35 @@ def store_codes(tokenizer: DualTokenVisionTokenizer, pictures: Sequence[Picture]
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return load_codes(folder)
+
+
+def _check(
+    tokenizer: DualTokenVisionTokenizer, pictures: Sequence[Picture], folder: Path, places: dict[Path, int]
+) -> None:
+    """Raise UserError where files of the folder do not belong to these pictures, or to this tokenizer."""
+    remedy = "give another folder, or remove this one to encode again"
+    for file in sorted(folder.glob("*.safetensors")):
+        if file not in places:
+            raise UserError(f"--data.codes {folder}: {file.name} is of another pool than these {len(pictures)} "
+                            f"pictures; {remedy}")  # fmt: skip
+        codes, names = DualCodes.load(file)
+        start, stop = places[file], min(places[file] + PER_FILE, len(pictures))
+        ends = [pictures[start].name, pictures[stop - 1].name]
+        if len(names) != stop - start or [names[0], names[-1]] != ends:
+            raise UserError(
+                f"--data.codes {folder}: {file.name} has codes of {len(names)} pictures, {names[0]} to {names[-1]}, "
+                f"this pool needs {stop - start}, {ends[0]} to {ends[1]}; {remedy}"
+            )
+        if start == 0:
+            few = min(PROBE, stop)
+            again = encode_pictures(tokenizer, [pictures[i] for i in range(few)])
+            for name in ("pixel", "semantic"):
+                stored, now = getattr(codes, name)[:few], getattr(again, name)
+                # Other hardware may round some codes differently; another tokenizer gives others nearly everywhere.
+                if stored.shape != now.shape or (stored[..., 0] == now[..., 0]).float().mean() < 0.5:
+                    raise UserError(
+                        f"--data.codes {folder}: its {name} codes are of another vision tokenizer; {remedy}"
+                    )
 
 
 def load_codes(folder: Path) -> StoredCodes:

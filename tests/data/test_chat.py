@@ -1,0 +1,185 @@
+import numpy as np
+import pytest
+import torch
+
+from dualtoken.core.codes import DualCodes
+from dualtoken.core.errors import UserError
+from dualtoken.data.chat import ChatSample, Message, Picture, StoredCodes, by_name
+from dualtoken.data.collate import IGNORE
+from dualtoken.data.scene_chat import TASKS, SceneChatConfig, SceneChats, narrate, story, story_prompt
+from dualtoken.data.scene_text import NUMBERS, captions, questions
+from dualtoken.data.scenes import scene
+from dualtoken.mllm.parts import SmallLLMConfig, train_chat_tokenizer
+from dualtoken.mllm.processor import DualTokenProcessor
+from dualtoken.tokenizer.image_processor import DualTokenImageProcessor
+from dualtoken.training.mllm import scene_texts
+
+CONFIG = SceneChatConfig(scenes=60, stories=30)
+MANY = 200
+
+
+@pytest.fixture(scope="module")
+def chats():
+    return SceneChats(CONFIG)
+
+
+def kinds(sample):
+    """Roles, and what each message holds: t for text, p for a picture."""
+    return [(m.role, "".join("p" if isinstance(part, Picture) else "t" for part in m.content)) for m in sample.messages]
+
+
+def texts(message):
+    return [part for part in message.content if isinstance(part, str)]
+
+
+FORMS = {
+    "caption": lambda k: k == [("user", "pt"), ("assistant", "t")],
+    "vqa": lambda k: (
+        k[0] == ("user", "pt") and set(k[2::2]) <= {("user", "t")} and set(k[1::2]) == {("assistant", "t")}
+    ),
+    "text_to_image": lambda k: k == [("user", "t"), ("assistant", "p")],
+    "edit": lambda k: k == [("user", "pt"), ("assistant", "p")],
+    "story": lambda k: k[0] == ("user", "t") and k[1:] in ([("assistant", "tptp")], [("assistant", "tptptp")]),
+    "text": lambda k: set(k[::2]) == {("user", "t")} and set(k[1::2]) == {("assistant", "t")},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_samples_have_the_form_of_their_task(chats, task):
+    names = set()
+    for index in range(MANY):
+        sample = chats.sample(task, index)
+        assert FORMS[task](kinds(sample)) and sample.task == task and 2 <= len(sample.messages) <= 6
+        assert len(sample.messages) % 2 == 0 and all(part for m in sample.messages for part in texts(m))
+        assert sample.draws == (task in ("text_to_image", "edit", "story"))
+        names.add(sample.name)
+    assert len(names) == MANY
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_samples_are_a_function_of_task_and_number(chats, task):
+    other = SceneChats(SceneChatConfig(60, 30))
+    asked = [chats.sample(task, index) for index in range(40)]
+    assert [other.sample(task, index) for index in reversed(range(40))] == asked[::-1]
+    assert len({s.messages for s in asked}) > 20
+    seeded = SceneChats(SceneChatConfig(60, 30, seed=1))
+    assert [s.messages for s in asked] != [seeded.sample(task, index).messages for index in range(40)]
+    assert set(by_name(asked)).isdisjoint(by_name(seeded.sample(task, index) for index in range(40)))
+
+
+def test_training_and_test_never_share_a_picture(chats):
+    test = SceneChats(CONFIG, "test")
+    ours, theirs = ([c.sample(t, i) for t in TASKS for i in range(60)] for c in (chats, test))
+    pictures = [by_name(samples) for samples in (ours, theirs)]
+    assert pictures[0].keys().isdisjoint(pictures[1])
+    assert {p.drawing for p in pictures[0].values()}.isdisjoint({p.drawing for p in pictures[1].values()})
+    assert {s.name for s in ours}.isdisjoint({s.name for s in theirs})
+
+
+def test_what_is_said_is_true_of_the_picture(chats):
+    rng = np.random.default_rng(0)
+    for index in range(MANY):
+        sample = chats.sample("caption", index)
+        assert texts(sample.messages[1])[0] in captions(sample.pictures[0].drawing)
+        sample = chats.sample("text_to_image", index)
+        assert texts(sample.messages[0])[0].removeprefix("draw ") in captions(sample.pictures[0].drawing)
+        sample = chats.sample("vqa", index)
+        shown = sample.pictures[0].drawing
+        possible = {(q.question, q.answer) for _ in range(3) for q in questions(shown, rng)}
+        asked = [texts(m)[0] for m in sample.messages[::2]]
+        assert len(set(asked)) == len(asked)
+        for question, answer in zip(asked, (texts(m)[0] for m in sample.messages[1::2]), strict=True):
+            if question.startswith("is there a "):  # of one of many things that might be there
+                there = question[len("is there a ") : -2] in {thing.name for thing in shown.objects}
+                assert answer == ("yes" if there else "no")
+            elif question.startswith("how many objects are a "):
+                count = [thing.shape for thing in shown.objects].count(question.split()[-2])
+                assert answer == NUMBERS[count]
+            elif not question.startswith("is the "):  # which way round a relation is asked for is drawn
+                assert (question, answer) in possible
+
+
+def test_edits_and_stories_follow_the_chain_of_their_scene(chats):
+    for index in range(MANY):
+        edit = chats.sample("edit", index)
+        before, after = (p.drawing for p in edit.pictures)
+        number, link = map(int, edit.pictures[0].name.split("-")[2:])
+        made = story(number)[link]
+        assert (made.before, made.after) == (before, after) and texts(edit.messages[0]) == [made.instruction]
+        told = chats.sample("story", index)
+        number = int(told.pictures[0].name.split("-")[2])
+        chain = story(number)[: len(told.pictures) - 1]
+        assert [p.drawing for p in told.pictures] == [scene(number), *(e.after for e in chain)]
+        assert texts(told.messages[1])[1:] == [narrate(e) for e in chain]
+        assert texts(told.messages[0]) == [story_prompt(scene(number), len(told.pictures))]
+
+
+def test_the_pool_holds_every_picture_of_every_sample_once(chats):
+    pool = chats.pictures()
+    names = [pool[i].name for i in range(len(pool))]
+    assert len(set(names)) == len(names) and len(names) > CONFIG.scenes
+    used = by_name(chats.sample(task, index) for task in TASKS for index in range(MANY))
+    assert used.keys() <= set(names)
+    held = dict(zip(names, (pool[i] for i in range(len(pool))), strict=True))
+    assert all(held[name].drawing == picture.drawing for name, picture in used.items())
+
+
+def test_unseen_samples_go_through_the_pool_in_order():
+    test = SceneChats(CONFIG, "test")
+    assert [test.sample("caption", i).pictures[0].name for i in (0, 1, 61)] == [
+        "test-0-0-0",
+        "test-0-1-0",
+        "test-0-1-0",
+    ]
+
+
+@pytest.mark.parametrize("stories", [0, 61])
+def test_pools_that_cannot_be_are_one_line(stories):
+    with pytest.raises(UserError, match=rf"--data\.scenes\.stories {stories}: give 1 to 60"):
+        SceneChats(SceneChatConfig(60, stories))
+
+
+def test_unknown_tasks_are_one_line(chats):
+    with pytest.raises(UserError, match="unknown task 'poem'; the tasks are caption, vqa"):
+        chats.sample("poem", 0)
+
+
+def test_every_sample_fits_256_tokens_with_36_positions():
+    text = train_chat_tokenizer(scene_texts(SceneChatConfig(), per_task=40), SmallLLMConfig().vocab_size, 1024)
+    processor = DualTokenProcessor(DualTokenImageProcessor(48), text, positions=36)
+    chats = SceneChats(SceneChatConfig())
+    for task in TASKS:
+        tokens = [processor.encode(chats.sample(task, index), pictures=False) for index in range(MANY)]
+        assert max(len(t.ids) for t in tokens) <= 256, task
+        assert all((t.labels != IGNORE).any() for t in tokens)
+
+
+# -- stored codes --
+
+
+def stored(names):
+    torch.manual_seed(0)
+    count = len(names)
+    return StoredCodes(DualCodes(torch.randint(9, (count, 4, 2)), torch.randint(9, (count, 4, 2))), list(names))
+
+
+def test_stored_codes_take_the_place_of_pictures(chats):
+    sample = chats.sample("story", 3)
+    kept = stored([p.name for p in reversed(sample.pictures)])
+    filled = kept.fill(sample)
+    assert kinds(filled) == kinds(sample) and (filled.task, filled.name) == (sample.task, sample.name)
+    for at, picture in enumerate(reversed(filled.pictures)):
+        assert torch.equal(picture.codes.pixel, kept.codes.pixel[at : at + 1])
+        assert torch.equal(picture.codes.semantic, kept.codes.semantic[at : at + 1])
+    assert all(p.codes is None for p in sample.pictures)
+    own = DualCodes(torch.ones(1, 4, 2), torch.ones(1, 4, 2))
+    given = ChatSample((Message("user", (Picture("new", codes=own),)),), "caption", "0")
+    assert kept.fill(given).pictures[0].codes is own  # what has codes keeps them
+
+
+def test_codes_that_are_not_stored_are_one_line(chats):
+    sample = chats.sample("edit", 0)
+    with pytest.raises(UserError, match=rf"--data\.codes: no codes of picture {sample.pictures[0].name}"):
+        stored(["another"]).fill(sample)
+    with pytest.raises(UserError, match="2 pictures but 1 names"):
+        StoredCodes(stored(["a", "b"]).codes, ["a"])

@@ -1,0 +1,447 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
+
+from dualtoken.core.codes import DualCodes
+from dualtoken.core.errors import UserError
+from dualtoken.data.chat import ChatSample, Message, Picture
+from dualtoken.data.collate import IGNORE, pack
+from dualtoken.mllm.model import Counts, DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.parts import ModelConfig, from_parts, small_llm
+from dualtoken.mllm.processor import DualTokenProcessor
+from dualtoken.mllm.projector import ProjectorConfig
+from dualtoken.tokenizer.backbone import BackboneConfig
+from dualtoken.tokenizer.branch import BranchConfig
+from dualtoken.tokenizer.quantizer import QuantizerConfig
+from tests import tiny
+
+START, PADS, END = "<|vision_start|>", "<|image_pad|>" * 4, "<|vision_end|>"
+RED = Image.new("RGB", (16, 16), "red")
+CHAT = [{"role": "user", "content": [
+    {"type": "image", "image": RED}, {"type": "text", "text": "what is the colour of the star ?"},
+]}]  # fmt: skip
+
+
+def codes_of(count, seed=0, prefix=0):
+    torch.manual_seed(seed)
+    return DualCodes(torch.randint(16, (count, 4, 2)), torch.randint(16, (count, 4 + prefix, 2)))
+
+
+def sample(seed=0, looked=1, drawn=2):
+    """A chat that looks at pictures, then speaks, draws and speaks."""
+    codes = codes_of(looked + drawn, seed)
+    pictures = [Picture(f"{seed}-{i}", codes=codes[i]) for i in range(looked + drawn)]
+    said = [part for picture in pictures[looked:] for part in (f"a red star {seed}", picture)]
+    return ChatSample(
+        (Message("user", (*pictures[:looked], "tell a story")), Message("assistant", (*said, "a blue circle"))),
+        "story",
+        str(seed),
+    )
+
+
+def batch(processor, samples):
+    return pack([processor.encode(s) for s in samples], 96, processor.tokenizer.pad_token_id).inputs
+
+
+def changed(inputs, vocabulary, image):
+    """The inputs with other codes of one vocabulary in one picture."""
+    codes = DualCodes(inputs["codes"].pixel.clone(), inputs["codes"].semantic.clone())
+    part = getattr(codes, vocabulary)
+    part[image] = (part[image] + 1) % 16
+    return inputs | {"codes": codes}
+
+
+def logits_of(model, inputs):
+    with torch.no_grad():
+        return model(**{k: v for k, v in inputs.items() if k not in ("labels",)}).logits
+
+
+# -- the loss --
+
+
+def plain_hidden(model, ids, codes):
+    """The LLM's states [T, H] of one sample: features of both vocabularies joined, projected, put in place."""
+    pixel = model.vision_tokenizer.pixel.lookup(codes.pixel)
+    semantic = model.vision_tokenizer.semantic.lookup(codes.semantic)
+    first, _, second = model.projector.joint
+    seen = iter([
+        second(F.gelu(first(torch.cat([pixel[m, n], semantic[m, n]])))) for m in range(len(codes)) for n in range(4)
+    ])  # fmt: skip
+    table = model.llm.get_input_embeddings().weight
+    embeds = torch.stack([next(seen) if i == model.config.image_id else table[i] for i in ids.tolist()])
+    return model.llm.model(inputs_embeds=embeds[None]).last_hidden_state[0]
+
+
+def plain_depth_losses(head, state, codes):
+    """Eq. 7 of one position, a depth at a time on what eq. 5 lets it see."""
+    losses = []
+    for depth, code in enumerate(codes.tolist()):
+        rows = [head.projector(state)]
+        for d in range(depth):
+            rows.append(head.embed_in(sum(head.embedding.weight[c] for c in codes.tolist()[: d + 1])))
+        x = (torch.stack(rows) + head.positions[: depth + 1])[None]
+        for block in head.blocks:
+            x = block(x)
+        losses.append(-head.classifiers[depth](head.norm(x[0, -1])).log_softmax(-1)[code])
+    return torch.stack(losses)
+
+
+def plain_losses(model, tokens, drawn):
+    """Eq. 6 and 7 of one sample, token by token: mean text loss, then [D] pixel and [D] semantic."""
+    hidden = plain_hidden(model, tokens.ids, tokens.codes)
+    words = [
+        -model.llm.lm_head(hidden[t - 1]).log_softmax(-1)[label]
+        for t, label in enumerate(tokens.labels.tolist())
+        if label != IGNORE
+    ]
+    places = (tokens.ids == model.config.image_id).nonzero()[:, 0].view(-1, 4)
+    parts = {}
+    for name in ("pixel", "semantic"):
+        head, codes = getattr(model, f"{name}_head"), getattr(tokens.codes, name)
+        parts[name] = [plain_depth_losses(head, hidden[places[m, n] - 1], codes[m, n]) for m in drawn for n in range(4)]
+    return torch.stack(words).mean(), *(torch.stack(parts[name]).mean(0) for name in ("pixel", "semantic"))
+
+
+@torch.no_grad()
+def test_loss_parts_are_equations_6_and_7():
+    model, processor = tiny.mllm(text_weight=0.5, pixel_weight=2.0, semantic_weight=3.0)
+    tokens = processor.encode(sample())
+    text, pixel, semantic = plain_losses(model, tokens, drawn=[1, 2])
+    out = model(tokens.ids[None], codes=tokens.codes, labels=tokens.labels[None])
+    assert torch.allclose(out.text, text, rtol=1e-5)
+    assert out.pixel.shape == (2,) and torch.allclose(out.pixel, pixel, rtol=1e-5)
+    assert out.semantic.shape == (2,) and torch.allclose(out.semantic, semantic, rtol=1e-5)
+    assert torch.allclose(out.loss, 0.5 * text + 2 * pixel.sum() + 3 * semantic.sum(), rtol=1e-5)
+
+
+def test_images_only_looked_at_carry_no_loss():
+    model, processor = tiny.mllm()
+    inputs = batch(processor, [sample(looked=2, drawn=0)])
+    out = model(**inputs)
+    assert not out.pixel.any() and not out.semantic.any() and torch.allclose(out.loss, out.text)
+    out.loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.pixel_head.parameters())
+    assert model.projector.joint[0].weight.grad.any()
+    assert all(p.grad is None for p in model.vision_tokenizer.parameters())
+
+
+@torch.no_grad()
+def test_counts_make_parts_of_a_step_add_up():
+    model, processor = tiny.mllm()
+    samples = [sample(0), sample(1, looked=0, drawn=1), sample(2, drawn=0)]
+    whole = model(**batch(processor, samples))
+    parts = [batch(processor, [s]) for s in samples]
+    counts = Counts(sum(int((p["labels"] >= 0).sum()) for p in parts), 3 * 4, 3 * 4)
+    outs = [model(**p, counts=counts) for p in parts]
+    for name in ("loss", "text", "pixel", "semantic"):
+        assert torch.allclose(sum(getattr(o, name) for o in outs), getattr(whole, name), rtol=1e-5)
+
+
+@torch.no_grad()
+def test_no_labels_at_all_is_a_loss_of_zero():
+    model, processor = tiny.mllm()
+    inputs = batch(processor, [sample(drawn=0)])
+    inputs["labels"] = torch.full_like(inputs["labels"], IGNORE)
+    assert float(model(**inputs).loss) == 0
+
+
+# -- what is seen, what is learnt --
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"), [("both", ("pixel", "semantic")), ("pixel", ("pixel",)), ("semantic", ("semantic",))]
+)
+def test_input_says_what_is_seen_of_a_picture_looked_at(given, seen):
+    model, processor = tiny.mllm(input=given)
+    inputs = batch(processor, [sample()])
+    before = logits_of(model, inputs)
+    for vocabulary in ("pixel", "semantic"):
+        moved = not torch.equal(logits_of(model, changed(inputs, vocabulary, 0)), before)
+        assert moved == (vocabulary in seen)
+        assert not torch.equal(logits_of(model, changed(inputs, vocabulary, 1)), before)  # of what it drew, all
+
+
+@torch.no_grad()
+def test_output_pixel_neither_sees_nor_learns_meaning_in_what_it_draws():
+    model, processor = tiny.mllm(output="pixel")
+    inputs = batch(processor, [sample()])
+    before, out = logits_of(model, inputs), model(**inputs)
+    assert not out.semantic.any() and out.pixel.all()
+    assert torch.allclose(out.loss, out.text + out.pixel.sum())
+    for image in (1, 2):
+        other = changed(inputs, "semantic", image)
+        assert torch.equal(logits_of(model, other), before) and torch.equal(model(**other).loss, out.loss)
+    assert not torch.equal(logits_of(model, changed(inputs, "semantic", 0)), before)  # looked at
+    assert not torch.equal(logits_of(model, changed(inputs, "pixel", 1)), before)
+
+
+@torch.no_grad()
+def test_hidden_semantic_codes_are_neither_seen_nor_learnt():
+    model, processor = tiny.mllm()
+    inputs = batch(processor, [sample()])
+    full = model(**inputs)
+    hidden = inputs | {"draw_semantic": torch.tensor([True, True, False])}
+    out, before = model(**hidden), logits_of(model, hidden)
+    assert torch.equal(logits_of(model, changed(hidden, "semantic", 2)), before)
+    assert torch.equal(model(**changed(hidden, "semantic", 2)).semantic, out.semantic)
+    assert not torch.equal(model(**changed(hidden, "semantic", 1)).semantic, out.semantic)
+    first = plain_losses(model, processor.encode(sample()), drawn=[1])[2]  # the picture that is not hidden
+    assert torch.allclose(out.semantic, first, rtol=1e-5) and not torch.allclose(full.semantic, first, rtol=1e-3)
+    none = model(**inputs | {"draw_semantic": torch.zeros(3, dtype=torch.bool)})
+    assert not none.semantic.any() and none.pixel.all()
+
+
+def test_unknown_switches_are_one_line():
+    with pytest.raises(UserError, match="input='codes' must be one of both, pixel, semantic"):
+        DualTokenConfig(input="codes")
+    with pytest.raises(UserError, match="output='semantic' must be one of both, pixel"):
+        DualTokenConfig(output="semantic")
+
+
+# -- attention --
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+def test_a_token_sees_what_is_before_it_alone_in_new_and_in_opened_models(tmp_path, back_end):
+    model, _ = tiny.mllm()
+    assert model.llm.config._attn_implementation == "sdpa"
+    model.save_pretrained(tmp_path)
+    opened = DualTokenForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=back_end)
+    assert opened.llm.config._attn_implementation == back_end
+    ids = torch.arange(10, 22)[None]
+    other = ids.clone()
+    other[0, 6] = 40
+    for one in (model, opened):
+        moved = (logits_of(one, {"input_ids": other}) - logits_of(one, {"input_ids": ids})).abs().amax((0, 2)) > 1e-6
+        assert moved.tolist() == [t >= 6 for t in range(12)]
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+def test_a_packed_batch_has_the_loss_of_its_samples_alone(back_end):
+    model, processor = tiny.mllm()
+    model.llm.set_attn_implementation(back_end)
+    tokens = [processor.encode(s) for s in (sample(0), sample(1, 0, 1), sample(2, 1, 0), sample(3, 0, 2))]
+    packed = pack(tokens, 96, processor.tokenizer.pad_token_id)
+    assert packed.input_ids.shape[0] < len(tokens)
+    with torch.no_grad():
+        out = model(**packed.inputs)
+        text, drawn, pixel, semantic = 0, 0, 0, 0
+        words = 0
+        for one in tokens:
+            alone = model(one.ids[None], codes=one.codes, labels=one.labels[None])
+            spoken, positions = int((one.labels >= 0).sum()), int((one.ids == model.config.draw_start_id).sum()) * 4
+            text, words = text + alone.text * spoken, words + spoken
+            pixel, semantic = pixel + alone.pixel * positions, semantic + alone.semantic * positions
+            drawn += positions
+    assert torch.allclose(out.text, text / words, atol=1e-5)
+    assert torch.allclose(out.pixel, pixel / drawn, atol=1e-5)
+    assert torch.allclose(out.semantic, semantic / drawn, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_nothing():
+    model, processor = tiny.mllm()
+    chats = [CHAT, [{"role": "user", "content": "draw a picture of a red circle and a blue star"}]]
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True)
+    mask = inputs["attention_mask"]
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    together = model(inputs["input_ids"], inputs["pixel_values"], attention_mask=mask, position_ids=places).logits
+    for row, chat in enumerate(chats):
+        alone = model(**processor.apply_chat_template(chat, add_generation_prompt=True)).logits
+        assert torch.allclose(together[row, mask[row] > 0], alone[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_pictures_and_their_codes_are_the_same_to_the_model():
+    model, processor = tiny.mllm()
+    inputs = processor(f"{START}<|image_pad|>{END}<|im_start|>", RED)
+    codes = model.look(inputs["pixel_values"])
+    assert codes.pixel.shape == codes.semantic.shape == (1, 4, 2)
+    assert torch.equal(model(**inputs).logits, model(inputs["input_ids"], codes=codes).logits)
+
+
+# -- parts that do not fit --
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "words"),
+    [
+        (START + PADS + END, 2, "4 image placeholders, 2 images of 4 positions need 8"),
+        (START + PADS + "<|image_pad|>" + END, 1, "5 image placeholders, 1 images of 4 positions need 4"),
+        (START + PADS + END, 0, "4 image placeholders, 0 images of 4 positions need 0"),
+        ("no picture", 1, "0 image placeholders, 1 images of 4 positions need 4"),
+    ],
+)
+def test_placeholders_that_do_not_fit_the_images_are_one_line(text, images, words):
+    model, processor = tiny.mllm()
+    ids = torch.tensor([processor.tokenizer.encode(text)])
+    for codes in [codes_of(images)] if images else [None, codes_of(1)[:0]]:
+        with pytest.raises(UserError, match=words):
+            model(ids, codes=codes)
+
+
+def narrow(**changes):
+    return BranchConfig(QuantizerConfig(**{"codebook_size": 16, "code_dim": 8, "depth": 2} | changes))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"branch": narrow(codebook_size=32)}, "pixel codebook 32 x depth 2 there, 16 x 2 in the model"),
+        ({"branch": narrow(depth=3)}, "pixel codebook 16 x depth 3 there, 16 x 2 in the model"),
+        ({"backbone": BackboneConfig(tiny.BACKBONE.name, tiny.OVERRIDES | {"img_size": 24}, pixel_layer=1)},
+         "9 positions there, 4 in the model"),
+        ({"backbone": BackboneConfig(tiny.BACKBONE.name, tiny.OVERRIDES | {"embed_dim": 64}, pixel_layer=1)},
+         "width 64 there, 32 in the model"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_does_not_match_is_one_line(other, words):
+    model, _ = tiny.mllm()
+    own = model.vision_tokenizer
+    with pytest.raises(UserError, match=f"the tokenizer does not match the model: .*{words}"):
+        model.attach(tiny.tokenizer(**other))
+    assert model.vision_tokenizer is own
+
+
+def test_training_leaves_the_vision_tokenizer_as_it_is():
+    model, processor = tiny.mllm()
+    before = {k: v.clone() for k, v in model.vision_tokenizer.state_dict().items()}
+    assert model.train() is model and model.training and model.llm.training and model.projector.training
+    assert not any(m.training for m in model.vision_tokenizer.modules())
+    assert not any(p.requires_grad for p in model.vision_tokenizer.parameters())
+    inputs = processor(f"{START}<|image_pad|>{END}", RED)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(torch.equal(v, before[k]) for k, v in model.vision_tokenizer.state_dict().items())
+    other = tiny.tokenizer(seed=1).train()
+    model.attach(other)
+    assert not other.training and not any(p.requires_grad for p in other.parameters())
+    assert not model.eval().llm.training
+
+
+@torch.no_grad()
+def test_class_tokens_are_not_for_the_llm(tmp_path):
+    tiny.tokenizer(BackboneConfig("vit_base_patch16_clip_224", tiny.OVERRIDES)).save_pretrained(tmp_path)
+    llm, text = small_llm(tiny.WORDS, tiny.LLM)
+    model, processor = from_parts(str(tmp_path), llm, text, ModelConfig(tiny.HEAD))
+    assert model.look(tiny.images(1)).semantic.shape == (1, 4, 2)
+    inputs = batch(processor, [sample()])
+    longer = DualCodes(inputs["codes"].pixel, torch.cat([codes_of(3, 5).semantic[:, :1], inputs["codes"].semantic], 1))
+    assert torch.equal(logits_of(model, inputs | {"codes": longer}), logits_of(model, inputs))
+    assert torch.equal(model(**inputs | {"codes": longer}).loss, model(**inputs).loss)
+
+
+# -- directories --
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A model with its processor in one directory, and both."""
+    folder = tmp_path_factory.mktemp("model")
+    model, processor = tiny.mllm(projector=ProjectorConfig("project_first", places=True), input="semantic")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, model, processor
+
+
+def test_one_directory_brings_the_model_back_exactly(written):
+    folder, model, processor = written
+    inputs = batch(processor, [sample()])
+    wanted, loss = logits_of(model, inputs), model(**inputs).loss
+    for kind in (DualTokenForConditionalGeneration, AutoModel, AutoModelForMultimodalLM):
+        opened = kind.from_pretrained(folder)
+        assert type(opened) is DualTokenForConditionalGeneration and not opened.training
+        assert torch.equal(logits_of(opened, inputs), wanted) and torch.equal(opened(**inputs).loss, loss)
+        assert opened.generation_config.eos_token_id == opened.llm.generation_config.eos_token_id == 2
+        assert not any(p.requires_grad for p in opened.vision_tokenizer.parameters())
+    config = AutoConfig.from_pretrained(folder)
+    assert isinstance(config, DualTokenConfig) and config.input == "semantic" and config.text_config.hidden_size == 32
+    assert config.draw == model.config.draw and opened.draw_config == model.draw_config
+    again = AutoProcessor.from_pretrained(folder)
+    assert type(again) is DualTokenProcessor and again.positions == 4 and again.image_processor.size == 16
+    ours, theirs = (p.apply_chat_template(CHAT, add_generation_prompt=True) for p in (processor, again))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_the_vision_tokenizer_may_stay_elsewhere(tmp_path):
+    model, processor = tiny.mllm()
+    inputs = batch(processor, [sample()])
+    wanted = logits_of(model, inputs)
+    for name, place in (("absolute", str(tiny.tokenizer_directory().resolve())), ("relative", "../tokenizer")):
+        model.save_pretrained(tmp_path / name, tokenizer_path=place)
+        assert not [k for k in load_file(tmp_path / name / "model.safetensors") if "vision" in k]
+    with pytest.raises(UserError, match="tokenizer: no such directory"):
+        DualTokenForConditionalGeneration.from_pretrained(tmp_path / "relative")
+    model.vision_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name in ("absolute", "relative"):
+        opened = AutoModel.from_pretrained(tmp_path / name)
+        assert torch.equal(logits_of(opened, inputs), wanted)
+    opened.save_pretrained(tmp_path / "whole")  # and it can come back
+    assert torch.equal(logits_of(AutoModel.from_pretrained(tmp_path / "whole"), inputs), wanted)
+    tiny.tokenizer(branch=narrow(depth=3)).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="depth 3 there, 16 x 2 in the model"):
+        DualTokenForConditionalGeneration.from_pretrained(tmp_path / "relative")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("pixel_head.classifiers.1.weight"), "missing keys.*pixel_head.classifiers.1.weight"),
+        (lambda s: s.update(extra=torch.ones(1)), "unexpected keys.*extra"),
+        (lambda s: s.update({"pixel_head.norm.weight": torch.ones(9)}), "pixel_head.norm.weight|do not fit"),
+    ],
+)
+def test_loading_is_strict(written, tmp_path, change, words):
+    for file in written[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    state = load_file(tmp_path / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=words):
+        DualTokenForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_directories_without_weights_are_one_line(written, tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        DualTokenForConditionalGeneration.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text((written[0] / "config.json").read_text())
+    with pytest.raises(UserError, match=r"no model\.safetensors in it"):
+        DualTokenForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_config_on_disk_holds_no_absolute_path_and_all_ids(written):
+    stored = json.loads((written[0] / "config.json").read_text())
+    assert stored["tokenizer_path"] is None and str(tiny.tokenizer_directory()) not in json.dumps(stored)
+    tokenizer = written[2].tokenizer
+    assert stored["image_id"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert stored["draw_start_id"] == tokenizer.convert_tokens_to_ids("<image_gen_start>")
+
+
+# -- transformers' pipeline --
+
+
+def test_any_to_any_pipeline_answers_about_a_picture_and_draws(written):
+    folder, model, processor = written
+    pipe = pipeline("any-to-any", model=str(folder))
+    assert type(pipe.model) is DualTokenForConditionalGeneration and type(pipe.processor) is DualTokenProcessor
+    inputs = processor.apply_chat_template(CHAT, add_generation_prompt=True)
+    new = model.generate(**inputs, max_new_tokens=4)[:, inputs["input_ids"].shape[1] :]
+    wanted = processor.batch_decode(new, skip_special_tokens=True)[0]
+    found = pipe(text=CHAT, max_new_tokens=4, return_full_text=False)
+    assert [f["generated_text"] for f in found] == [wanted]
+    whole = pipe(text=CHAT, max_new_tokens=4)[0]["generated_text"]
+    assert whole == [*CHAT, {"role": "assistant", "content": wanted}]
+
+    drawn = pipe(text=CHAT, generation_mode="image")[0]["generated_image"]
+    codes = model.generate(**inputs, generation_mode="image")
+    same = processor.image_processor.postprocess(model.decode_image_tokens(codes))[0]
+    assert isinstance(drawn, Image.Image) and drawn.size == (16, 16) and drawn.tobytes() == same.tobytes()
+
+    prompt = f"{START}<|image_pad|>{END}a red"  # and without a chat
+    assert isinstance(pipe(text=prompt, images=RED, max_new_tokens=2)[0]["generated_text"], str)
+    with pytest.raises(UserError, match="the text has places for 1 pictures, 0 were given"):
+        pipe(text=prompt, max_new_tokens=2)

@@ -1,0 +1,626 @@
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dualtoken.cli import main
+from dualtoken.core.checkpoint import latest_state
+from dualtoken.core.codes import DualCodes
+from dualtoken.core.errors import UserError
+from dualtoken.core.images import to_float
+from dualtoken.data.mixture import MixtureBatches
+from dualtoken.data.scene_chat import SceneChatConfig, SceneChats
+from dualtoken.mllm.model import Counts, DualTokenForConditionalGeneration
+from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_llm
+from dualtoken.mllm.processor import DualTokenProcessor
+from dualtoken.mllm.visual_head import VisualHeadConfig
+from dualtoken.training import mllm, stored_codes
+from dualtoken.training.loop import Loop
+from dualtoken.training.stages import STAGES, Stage, StageOptim, part_of, set_trained
+from dualtoken.training.stored_codes import picture_bytes, store_codes
+from tests import tiny
+
+NAMES = ("1", "2", "3", "4-1", "4-2")
+TRAINS = {name: set(stage["trains"]) for name, stage in tiny.mllm_recipe()["recipe"].items()}
+MIDDLE = 12  # steps of stage 2, long enough to be killed in
+
+
+def write(folder, start=None, *options, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny.mllm_recipe(**changes)))
+    first = [] if start is None else ["--start", str(start)]
+    return ["train-mllm", "--config", str(folder / "recipe.yaml"), "--output", str(folder / "run"), *first, *options]
+
+
+def recipe(name="1", **changes):
+    """A recipe of one stage, with changes of it."""
+    return {name: tiny.mllm_recipe()["recipe"][name] | changes}
+
+
+def whole(stages=NAMES):
+    """Stages of which the second is a little longer."""
+    given = tiny.mllm_recipe()["recipe"]
+    return {name: given[name] | ({"steps": MIDDLE} if name == "2" else {}) for name in stages}
+
+
+def evaluated():
+    """Options of a loop that evaluates."""
+    return tiny.mllm_recipe()["loop"] | {"eval_every": 4}
+
+
+def log(folder, stage):
+    return [json.loads(line) for line in (folder / f"run/stage-{stage}/log.jsonl").read_text().splitlines()]
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def model_of(folder, stage):
+    return folder / f"run/stage-{stage}/model"
+
+
+def differing(one, two):
+    """Names of the tensors that are not equal."""
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys()
+    return {name for name in one if not torch.equal(one[name], two[name])}
+
+
+def error(capsys):
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    return message
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Directory of a model to start from, with a text tokenizer that has learnt the scenes' words."""
+    content = tiny.mllm_recipe()
+    torch.manual_seed(5)
+    small = small_llm(
+        mllm.scene_texts(SceneChatConfig(**content["data"]["scenes"]), 20), SmallLLMConfig(**content["small"])
+    )
+    head = VisualHeadConfig(**content["model"]["head"])
+    model, processor = from_parts(content["vision_tokenizer"], *small, ModelConfig(head=head))
+    place = tmp_path_factory.mktemp("start")
+    model.save_pretrained(place)
+    processor.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, start):
+    """A run of all stages that was never stopped."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(write(folder, start, recipe=whole(), loop=evaluated())) == 0
+    return folder
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The model at every step of a run in this process, and its gradients at the first."""
+    seen = {"steps": 0, "gradients": {}, "towers": set(), "batches": []}
+    counts, check = mllm._counts, Loop.check
+
+    def spy(model, parts):
+        seen["model"], seen["steps"] = model, seen["steps"] + 1
+        seen["towers"].add(model.vision_tokenizer.backbone)
+        seen["batches"] += parts
+        seen["learns"] = {name for name, p in model.named_parameters() if p.requires_grad}
+        return counts(model, parts)
+
+    def stop(self, step, parts):
+        if step == 0:
+            grads = {n: p.grad for n, p in seen["model"].named_parameters() if p.grad is not None}
+            seen["gradients"] = {n: g.clone() for n, g in grads.items()}
+        check(self, step, parts)
+
+    monkeypatch.setattr(mllm, "_counts", spy)
+    monkeypatch.setattr(Loop, "check", stop)
+    return seen
+
+
+def test_the_stages_are_those_of_table_13():
+    learnt = {name: (stage.trains, stage.batch_size) for name, stage in STAGES.items()}
+    last = {"projector": 1e-5, "head_projectors": 1e-5, "heads": 1e-5, "llm": 1e-5}
+    assert learnt == {
+        "1": ({"projector": 1e-3}, 64),
+        "2": ({"projector": 2e-5, "llm": 2e-5}, 256),
+        "3": ({"head_projectors": 1e-4, "heads": 1e-4}, 128),
+        "4-1": (last, 512),
+        "4-2": (last, 256),
+    }
+    assert {name: set(stage.trains) for name, stage in STAGES.items()} == TRAINS  # so the runs below are of them
+
+
+def piece(name):
+    """The part of a tensor by its name, restated."""
+    if name.startswith("vision_tokenizer."):
+        return "vision tokenizer"
+    if "_head.projector." in name:
+        return "head_projectors"
+    return name.split(".")[0] if name.startswith(("llm.", "projector.")) else "heads"
+
+
+@pytest.mark.parametrize("stage", NAMES)
+def test_a_stage_changes_all_of_its_parts_and_nothing_else(stage, start, finished):
+    place = NAMES.index(stage)
+    before = start if place == 0 else model_of(finished, NAMES[place - 1])
+    changed = differing(before, model_of(finished, stage))
+    assert changed == {name for name in weights(before) if piece(name) in TRAINS[stage]}
+
+
+def test_every_parameter_has_a_part_but_the_vision_tokenizers():
+    model, _ = tiny.mllm()
+    for name, _ in model.named_parameters():
+        assert part_of(name) == (None if name.startswith("vision_tokenizer.") else piece(name))
+
+
+def test_a_run_logs_every_part_and_evaluates_unseen_chats(finished):
+    lines = log(finished, "4-2")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert {"text", "pixel", "semantic", "useful", "lr"} <= set(lines[0])
+    assert {"eval_vqa_text", "eval_text_to_image_pixel", "eval_story_semantic"} <= set(lines[-1])
+    depth = 2
+    for line in (x for x in lines if "loss" in x):  # eq. 7 sums over depths
+        assert line["loss"] == pytest.approx(line["text"] + depth * (line["pixel"] + line["semantic"]), abs=1e-4)
+
+
+def test_a_written_model_opens_with_its_processor_and_works(finished):
+    place = model_of(finished, "4-2")
+    model = DualTokenForConditionalGeneration.from_pretrained(place)
+    processor = DualTokenProcessor.from_pretrained(place)
+    chat = [{"role": "user", "content": "draw a star"}]
+    inputs = processor.apply_chat_template([chat], add_generation_prompt=True)
+    codes = model.generate(**inputs, generation_mode="image")
+    assert model.decode_image_tokens(codes).shape == (1, 3, tiny.SIZE, tiny.SIZE)
+    assert not (place.parent / "model.draft").exists()
+
+
+def test_killed_in_the_middle_of_a_stage_and_started_again_it_ends_the_same(tmp_path, start, finished, capsys):
+    stages = NAMES[:3]
+    command = [sys.executable, "-c", "import sys; from dualtoken.cli import main; sys.exit(main(sys.argv[1:]))"]
+    process = subprocess.Popen(
+        [*command, *write(tmp_path, start, recipe=whole(stages))], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    states, deadline = tmp_path / "run/stage-2/states", time.time() + 300
+    while time.time() < deadline and latest_state(states) is None and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not model_of(tmp_path, "2").exists() and latest_state(states)[1]["step"] < MIDDLE
+    first = (model_of(tmp_path, "1") / "model.safetensors").stat().st_mtime_ns
+    assert main(write(tmp_path, start, recipe=whole(stages))) == 0
+    out = capsys.readouterr().out
+    assert "stage 1 is done" in out and "going on from step" in out and "stage 2 is done" not in out
+    assert (model_of(tmp_path, "1") / "model.safetensors").stat().st_mtime_ns == first
+    for stage in stages:
+        assert differing(model_of(tmp_path, stage), model_of(finished, stage)) == set()
+        ours, theirs = ({x["step"]: x["loss"] for x in log(f, stage) if "loss" in x} for f in (tmp_path, finished))
+        assert ours == theirs
+
+
+def test_a_finished_run_is_passed_over_and_other_settings_refuse_to_go_on(start, finished, capsys):
+    before = {stage: len(log(finished, stage)) for stage in NAMES}
+    assert main(write(finished, start, recipe=whole())) == 0
+    assert capsys.readouterr().out.count("is done") == len(NAMES)
+    assert {stage: len(log(finished, stage)) for stage in NAMES} == before
+    for option, value, word in (
+        ("--optim.clip", "0.5", "optim"),
+        ("--data.dropout.text", "0.5", "data"),
+    ):
+        assert main(write(finished, start, "--stage", "4-2", option, value, recipe=whole())) == 2
+        assert f"its run has another {word}" in error(capsys)
+    other = whole() | recipe("4-2", trains={"llm": 0.5})
+    assert main(write(finished, start, "--stage", "4-2", recipe=other)) == 2
+    assert "its run has another recipe" in error(capsys)
+    assert main(write(finished, start, "--stage", "4-2", "--resume", "never", recipe=whole())) == 2
+    assert "--resume auto" in error(capsys)
+
+
+def test_which_stages_are_asked_for_is_no_other_setting(tmp_path, start, monkeypatch):
+    stages = recipe("1") | recipe("2")
+    record = Loop.log
+
+    def stop(self, step, values, skipped=None):
+        record(self, step, values, skipped)
+        if self.output.name == "stage-2" and step == 2:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(Loop, "log", stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(write(tmp_path, start, "--stages", "1, 2", recipe=stages))
+    monkeypatch.undo()
+    assert main(write(tmp_path, start, recipe=stages)) == 0
+    assert [x["step"] for x in log(tmp_path, "2") if "loss" in x] == [1, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("stage", "rate", "bar"),
+    [("1", 0.03, 0.9), ("2", 0.01, 0.3), ("3", 0.01, 0.75), ("4-1", 0.01, 0.3), ("4-2", 0.01, 0.3)],
+)
+def test_one_batch_can_be_learnt_by_heart(stage, rate, bar, start):
+    """Forty steps on one batch bring the loss below `bar` times what it was, the text of frozen LLMs left out."""
+    content = tiny.mllm_recipe()
+    model = DualTokenForConditionalGeneration.from_pretrained(start)
+    processor = DualTokenProcessor.from_pretrained(start)
+    chats = SceneChats(SceneChatConfig(**content["data"]["scenes"]))
+    pictures = [chats.pictures()[i] for i in range(len(chats.pictures()))]
+    codes = stored_codes.encode_pictures(model.vision_tokenizer, pictures)
+    stored = mllm.StoredCodes(codes, [p.name for p in pictures])
+    batch = MixtureBatches(chats, STAGES[stage].mixture, processor.encode, 2, 256, 0, 0, stored)[0]
+    if stage == "1":  # what a projector can teach a frozen LLM at random is little; let that LLM listen
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in model.llm.parameters():
+                if p.ndim == 2:
+                    p.normal_(std=0.3)
+    model.config.text_weight = 0.0 if stage == "3" else 1.0
+    groups = set_trained(model, Stage(dict.fromkeys(STAGES[stage].trains, rate), 4, STAGES[stage].mixture))
+    optimizer = torch.optim.AdamW([{"params": p, "lr": rate} for p in groups.values()], weight_decay=0.0)
+    losses = []
+    for _ in range(40):
+        loss = model(**batch.inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < bar * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+def test_accumulated_halves_make_the_step_of_the_whole_batch(tmp_path, start, watched):
+    found = []
+    for accumulate in (1, 2):
+        loop = tiny.mllm_recipe()["loop"] | {"accumulate": accumulate}
+        folder = tmp_path / str(accumulate)
+        assert main(write(folder, start, "--stages", "4-1", recipe=recipe("4-1", steps=1), loop=loop)) == 0
+        found.append((watched["gradients"], log(folder, "4-1")[0]))
+    (whole_grads, whole_line), (half_grads, half_line) = found
+    labels = [int((b.labels >= 0).sum()) for b in watched["batches"][-2:]]
+    assert labels[0] != labels[1]  # so a mean of two means would be another number
+    assert whole_grads.keys() == half_grads.keys() and len(whole_grads) > 20
+    for name, grad in whole_grads.items():
+        assert grad.abs().max() > 0 and (grad - half_grads[name]).abs().max() < 1e-5
+    for name in ("loss", "text", "pixel", "semantic"):
+        assert half_line[name] == pytest.approx(whole_line[name], abs=1e-5)
+
+
+def test_losses_of_parts_add_up_by_the_counts_of_the_step(start):
+    model, processor = (
+        DualTokenForConditionalGeneration.from_pretrained(start),
+        DualTokenProcessor.from_pretrained(start),
+    )
+    chats = SceneChats(SceneChatConfig(scenes=12, stories=4))
+    pictures = [chats.pictures()[i] for i in range(len(chats.pictures()))]
+    stored = mllm.StoredCodes(
+        stored_codes.encode_pictures(model.vision_tokenizer, pictures), [p.name for p in pictures]
+    )
+    drop = mllm.Dropout(0.0, 0.5)
+    batches = MixtureBatches(chats, STAGES["4-1"].mixture, processor.encode, 4, 256, 0, 0, stored, drop)
+    parts = [batches[i] for i in range(3)]
+    counts = mllm._counts(model, parts)
+    drawn = sum(s.draws for s in _samples(batches, 12))
+    assert counts.text == sum(int((b.labels >= 0).sum()) for b in parts)
+    assert 0 < counts.semantic < counts.drawn and drawn > 0 and isinstance(counts, Counts)
+    with torch.no_grad():
+        outs = [model(**b.inputs, counts=counts) for b in parts]
+        own = [(model(**b.inputs), mllm._counts(model, [b])) for b in parts]
+    for name, weight in (("text", "text"), ("pixel", "drawn"), ("semantic", "semantic")):
+        mean = sum(getattr(o, name) * getattr(c, weight) for o, c in own) / getattr(counts, weight)
+        assert torch.allclose(sum(getattr(o, name) for o in outs), mean, atol=1e-5)
+
+
+def _samples(batches, count):
+    found = []
+    encode = batches.encode
+    batches.encode = lambda sample, hide: found.append(sample) or encode(sample, hide)
+    for i in range(count):
+        batches._tokens(i)
+    batches.encode = encode
+    return found
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path, start, watched):
+    found = []
+    for on in (False, True):
+        loop = tiny.mllm_recipe()["loop"] | {"gradient_checkpointing": on}
+        assert main(write(tmp_path / str(on), start, "--stages", "4-1", recipe=recipe("4-1", steps=1), loop=loop)) == 0
+        assert watched["model"].llm.is_gradient_checkpointing == on
+        found.append(watched["gradients"])
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    assert all((found[0][n] - found[1][n]).abs().max() < 1e-6 for n in found[0])
+
+
+def test_training_holds_no_vision_tower(tmp_path, start, watched):
+    assert main(write(tmp_path, start, recipe=recipe("1"))) == 0
+    assert watched["steps"] == 4 and watched["towers"] == {None}
+    assert watched["model"].vision_tokenizer.backbone is not None  # back for the written model
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_captions_are_hidden_for_guidance(share, tmp_path, start, watched):
+    both = recipe("4-1", mixture={"text_to_image": 0.7, "caption": 0.3}, steps=3)
+    assert main(write(tmp_path, start, "--data.dropout.text", str(share), recipe=both)) == 0
+    processor = DualTokenProcessor.from_pretrained(start)
+    drawn, looked = [], []
+    for batch in watched["batches"]:
+        for ids, places in zip(batch.input_ids, batch.position_ids, strict=True):
+            starts = [*(places == 0).nonzero()[:, 0].tolist(), len(ids)]
+            for a, b in itertools.pairwise(starts):
+                sample = ids[a:b]
+                if (sample == processor.draw_start_id).any():
+                    drawn.append(processor.decode(sample))
+                elif (sample == processor.image_id).any():
+                    looked.append(processor.decode(sample))
+    assert len(drawn) > 3 and len(looked) > 0
+    assert len(set(drawn)) == 1 if share else len(set(drawn)) > 1  # without words one prompt is like the other
+    assert all("picture" in text for text in looked)  # the words of what is only looked at stay
+
+
+# Stored codes
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """A tokenizer, a pool of pictures in files of five, and how many pictures were encoded."""
+    monkeypatch.setattr(stored_codes, "PER_FILE", 5)
+    encoded, real = [], stored_codes.encode_pictures
+    monkeypatch.setattr(
+        stored_codes, "encode_pictures", lambda t, pictures: encoded.append(len(pictures)) or real(t, pictures)
+    )
+    return tiny.tokenizer(), SceneChats(SceneChatConfig(scenes=12, stories=2)).pictures(), encoded
+
+
+def test_codes_are_made_once_and_are_those_of_the_pictures(tmp_path, pool):
+    tokenizer, pictures, encoded = pool
+    stored = store_codes(tokenizer, pictures, tmp_path)
+    assert encoded == [5] * (len(pictures) // 5) + [len(pictures) % 5] and len(pictures) % 5
+    assert list(stored.place) == [pictures[i].name for i in range(len(pictures))]
+    with torch.no_grad():
+        one = tokenizer.encode(to_float(picture_bytes(pictures[7], tiny.SIZE)[None]))
+    assert torch.equal(stored.codes.pixel[7:8], one.pixel) and torch.equal(stored.codes.semantic[7:8], one.semantic)
+    encoded.clear()
+    again = store_codes(tokenizer, pictures, tmp_path)
+    assert sum(encoded) <= stored_codes.PROBE  # a few, to see that the codes are of this tokenizer
+    assert torch.equal(again.codes.pixel, stored.codes.pixel) and again.place == stored.place
+
+
+def test_codes_are_complete_after_a_stop_in_the_middle_of_a_file(tmp_path, pool, monkeypatch):
+    tokenizer, pictures, encoded = pool
+    whole = store_codes(tokenizer, pictures, tmp_path / "whole")
+    save = DualCodes.save
+
+    def cut(self, path, names=None):
+        if path.name.startswith("000000005"):
+            path.write_bytes(b"half a file")
+            raise KeyboardInterrupt
+        save(self, path, names)
+
+    monkeypatch.setattr(DualCodes, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        store_codes(tokenizer, pictures, tmp_path / "cut")
+    assert [p.name for p in sorted((tmp_path / "cut").glob("*.safetensors"))] == ["000000000.safetensors"]
+    monkeypatch.setattr(DualCodes, "save", save)
+    encoded.clear()
+    stored = store_codes(tokenizer, pictures, tmp_path / "cut")
+    assert sum(encoded) <= len(pictures) - 5 + stored_codes.PROBE  # the first file was not made again
+    assert torch.equal(stored.codes.pixel, whole.codes.pixel) and stored.place == whole.place
+    assert not list((tmp_path / "cut").glob("*.draft"))
+
+
+@pytest.mark.parametrize(
+    ("scenes", "words"),
+    [
+        ({"scenes": 12, "stories": 2, "seed": 1}, "train-0-0-0 to train-0-4-0, this pool needs 5, train-1-0-0"),
+        ({"scenes": 3, "stories": 2}, "this pool needs 5, train-0-0-0 to train-0-1-1"),
+        ({"scenes": 4, "stories": 1}, "is of another pool than these|this pool needs"),
+        ({"scenes": 40, "stories": 2}, "this pool needs 5, train-0-10-0 to train-0-14-0"),
+    ],
+)
+def test_codes_of_another_pool_are_a_mistake_before_anything_is_written(scenes, words, tmp_path, pool):
+    tokenizer, pictures, _ = pool
+    store_codes(tokenizer, pictures, tmp_path)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(UserError, match=words) as caught:
+        store_codes(tokenizer, SceneChats(SceneChatConfig(**scenes)).pictures(), tmp_path)
+    assert f"--data.codes {tmp_path}" in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_codes_of_another_tokenizer_are_a_mistake(tmp_path, pool):
+    _, pictures, _ = pool
+    store_codes(tiny.tokenizer(seed=0), pictures, tmp_path)
+    with pytest.raises(UserError, match="codes are of another vision tokenizer"):
+        store_codes(tiny.tokenizer(seed=1), pictures, tmp_path)
+
+
+def test_the_command_refuses_codes_of_another_pool(tmp_path, start, capsys):
+    stage = recipe("1", steps=1)
+    assert main(write(tmp_path / "one", start, "--data.codes", str(tmp_path / "codes"), recipe=stage)) == 0
+    other = tiny.mllm_recipe()["data"] | {"scenes": {"scenes": 12, "stories": 4, "seed": 3}}
+    assert main(write(tmp_path / "two", start, "--data.codes", str(tmp_path / "codes"), recipe=stage, data=other)) == 2
+    assert f"--data.codes {tmp_path / 'codes'}" in error(capsys)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--stage", "7"], "--stage 7: unknown; the stages are 1, 2, 3, 4-1, 4-2"),
+        (["--stages", "1,5"], "--stage 5: unknown; the stages are 1, 2, 3, 4-1, 4-2"),
+        (["--stage", "3"], "stage-2/model; train the stage before, or give --start DIR"),
+        (["--start", "nowhere"], "--start nowhere: no such directory"),
+    ],
+)
+def test_mistakes_are_one_line_with_status_2(options, words, tmp_path, capsys):
+    assert main(write(tmp_path, None, *options)) == 2
+    assert words in error(capsys)
+    assert not (tmp_path / "run/codes").exists()
+
+
+def test_a_batch_that_cannot_be_split_is_a_mistake(tmp_path, start, capsys):
+    loop = tiny.mllm_recipe()["loop"] | {"accumulate": 3}
+    assert main(write(tmp_path, start, "--stage", "1", loop=loop)) == 2
+    assert "stage 1: batch_size 4 cannot be split over 3" in error(capsys)
+
+
+def test_a_tokenizer_of_other_sizes_or_other_codes_does_not_go_with_a_model(tmp_path, start, capsys):
+    branch = tiny.BranchConfig(tiny.QuantizerConfig(codebook_size=32, code_dim=8, depth=2))
+    tiny.tokenizer(branch=branch).save_pretrained(tmp_path / "wide")
+    tiny.tokenizer(seed=1).save_pretrained(tmp_path / "other")
+    for name, words in (
+        ("wide", "the tokenizer does not match the model: pixel codebook 32 x depth 2 there, 16 x 2"),
+        ("other", "its pixel codebook is not the one that the model"),
+    ):
+        command = write(tmp_path, start, "--stage", "1", vision_tokenizer=str(tmp_path / name))
+        assert main(command) == 2
+        assert words in error(capsys)
+
+
+def test_an_unknown_part_is_a_mistake():
+    model, _ = tiny.mllm()
+    with pytest.raises(UserError, match="the parts are projector, llm, head_projectors, heads"):
+        set_trained(model, Stage({"tower": 1.0}, 4, {}))
+    with pytest.raises(UserError, match="nothing"):
+        set_trained(model, Stage({}, 4, {}))
+
+
+def test_not_a_number_stops_with_step_part_and_last_good_state(tmp_path, start, capsys):
+    stage = recipe("4-1", trains={"heads": 1e30, "llm": 1e30}, steps=6)
+    assert main(write(tmp_path, start, recipe=stage, optim={"warmup": 0.0, "clip": 0.0})) == 2
+    message = error(capsys)
+    assert "training stopped at step" in message and "not finite" in message and "last good state" in message
+    assert "pixel" in message and not (tmp_path / "run/stage-4-1/model").exists()
+
+
+def test_a_stage_whose_parts_a_batch_does_not_touch_goes_on(tmp_path, start):
+    stage = recipe("1", mixture={"text": 1.0})  # without pictures the projector has nothing to learn from
+    assert main(write(tmp_path, start, recipe=stage)) == 0
+    assert differing(start, model_of(tmp_path, "1")) == set()
+
+
+# What a run starts from, and what it writes
+
+
+def test_without_a_model_to_start_from_one_is_built(tmp_path, monkeypatch):
+    texts = mllm.scene_texts
+    monkeypatch.setattr(mllm, "scene_texts", lambda config: texts(config, 10))
+    for name in ("a", "b"):
+        assert main(write(tmp_path / name, None, recipe=recipe("1", steps=1))) == 0
+    model = DualTokenForConditionalGeneration.from_pretrained(model_of(tmp_path / "a", "1"))
+    assert model.config.text_config.hidden_size == 32 and model.context == 256
+    assert differing(model_of(tmp_path / "a", "1"), model_of(tmp_path / "b", "1")) == set()  # one seed, one model
+
+
+def test_a_single_stage_starts_from_the_stage_before(tmp_path, finished, start):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/stage-2").symlink_to(finished / "run/stage-2")
+    assert main(write(tmp_path, None, "--stage", "3", recipe=whole())) == 0
+    assert differing(model_of(tmp_path, "3"), model_of(finished, "3")) == set()
+
+
+def test_switches_of_the_recipe_go_into_the_written_model(tmp_path, start):
+    content = tiny.mllm_recipe()["model"] | {"output": "pixel", "text_weight": 0.5}
+    assert main(write(tmp_path, start, recipe=recipe("3"), model=content)) == 0
+    config = json.loads((model_of(tmp_path, "3") / "config.json").read_text())
+    assert config["output"] == "pixel" and config["text_weight"] == 0.5
+    assert {piece(n).split(".")[0] for n in differing(start, model_of(tmp_path, "3"))} == {"head_projectors", "heads"}
+    assert not any(n.startswith("semantic_head") for n in differing(start, model_of(tmp_path, "3")))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_models_can_be_written_in_16_bits_and_without_the_tokenizer(inside, tmp_path, start):
+    stages = recipe("1", steps=1) | ({} if inside else recipe("2", steps=1))
+    options = ["--dtype", "float16", "--write_tokenizer", str(inside).lower()]
+    assert main(write(tmp_path, start, *options, recipe=stages)) == 0  # the second stage starts from such a model
+    place = model_of(tmp_path, list(stages)[-1])
+    stored = weights(place)
+    assert {t.dtype for n, t in stored.items() if not n.startswith("vision_tokenizer.")} == {torch.float16}
+    assert any(n.startswith("vision_tokenizer.") for n in stored) == inside
+    model = DualTokenForConditionalGeneration.from_pretrained(place)
+    assert model.dtype == torch.float32 and model.look(tiny.images()).pixel.shape == (2, 4, 2)
+    assert DualTokenProcessor.from_pretrained(place).positions == 4
+
+
+# Adapters
+
+
+def adapted(**changes):
+    """A stage of the LLM alone, by adapters; options of the command."""
+    return {"recipe": recipe("2", trains={"llm": 1e-2}), "lora": {"rank": 4, "alpha": 8} | changes}
+
+
+def test_adapters_alone_learn_and_are_merged_into_the_written_model(tmp_path, start, watched, monkeypatch):
+    pytest.importorskip("peft")
+    found, real = {}, mllm.evaluate
+
+    def spy(model, held_out, device):
+        found.update(real(model, held_out, device))
+        found["chats"] = held_out
+        return {k: v for k, v in found.items() if k != "chats"}
+
+    monkeypatch.setattr(mllm, "evaluate", spy)
+    assert main(write(tmp_path, start, loop=evaluated(), **adapted())) == 0
+    assert watched["learns"] and all("lora_" in n and n.startswith("llm.") for n in watched["learns"])
+    changed = differing(start, model_of(tmp_path, "2"))  # the same names, so no adapter is left
+    assert changed and all(n.startswith("llm.model.layers.") and n.endswith("proj.weight") for n in changed)
+    model = DualTokenForConditionalGeneration.from_pretrained(model_of(tmp_path, "2"))
+    again = real(model, found.pop("chats"), torch.device("cpu"))
+    assert again == pytest.approx(found, abs=1e-4)  # merged, it says what it said with its adapters
+
+
+def test_with_adapters_the_other_parts_of_a_stage_learn_as_ever(tmp_path, start, watched):
+    pytest.importorskip("peft")
+    assert main(write(tmp_path, start, recipe=recipe("2"), lora={"rank": 2, "targets": ["q_proj"]})) == 0
+    assert {part_of(n) for n in watched["learns"]} == {"projector", "llm"}
+    changed = differing(start, model_of(tmp_path, "2"))
+    assert {n for n in changed if n.startswith("projector.")} == {
+        n for n in weights(start) if n.startswith("projector.")
+    }
+    assert all(n.endswith("q_proj.weight") for n in changed if n.startswith("llm."))
+
+
+def test_a_run_with_adapters_goes_on_to_the_same_weights(tmp_path, start, monkeypatch):
+    pytest.importorskip("peft")
+    assert main(write(tmp_path / "whole", start, **adapted(dropout=0.1))) == 0
+    record = Loop.log
+
+    def stop(self, step, values, skipped=None):
+        record(self, step, values, skipped)
+        if step == 2:
+            raise RuntimeError("power cut")
+
+    monkeypatch.setattr(Loop, "log", stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(write(tmp_path / "cut", start, **adapted(dropout=0.1)))
+    monkeypatch.undo()
+    assert main(write(tmp_path / "cut", start, **adapted(dropout=0.1))) == 0
+    assert differing(model_of(tmp_path / "whole", "2"), model_of(tmp_path / "cut", "2")) == set()
+
+
+def test_adapters_without_peft_are_a_mistake(tmp_path, start, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(write(tmp_path, start, **adapted())) == 2
+    assert "--lora.rank needs peft" in error(capsys)
+
+
+def test_rates_warm_up_and_decay():
+    optim = StageOptim(warmup=0.1, final=0.2)
+    factors = [optim.factor(step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 == max(factors)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[55] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 2)) / 2)
+    assert factors[-1] == pytest.approx(0.2, abs=1e-3)
