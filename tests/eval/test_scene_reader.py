@@ -35,7 +35,7 @@ def painted(mask, color, behind="gray"):
 
 
 def test_one_object_is_read_with_place_size_and_background():
-    drawn = scenes(1, 200)
+    drawn = scenes(1, 130)
     right = 0
     for s in drawn:
         picture, (thing,) = s.render(48), s.objects
@@ -44,7 +44,7 @@ def test_one_object_is_read_with_place_size_and_background():
         if names(seen) == names([thing]):
             places = [(t.x, t.y, t.radius) for t in (seen[0], thing)]
             assert places[0] == pytest.approx(places[1], abs=1 / 48)
-    assert right >= 198  # nothing else is there either: `names` are of all objects
+    assert right >= 129  # nothing else is there either: `names` are of all objects
 
 
 def test_every_color_shape_and_background_at_other_sizes():
@@ -58,15 +58,16 @@ def test_every_color_shape_and_background_at_other_sizes():
 
 
 def test_two_objects_and_their_relation():
-    drawn = [s for s in scenes(2, 110) if s.objects[0].name != s.objects[1].name][:100]
-    both, right, reversed_ = 0, 0, 0
-    for s in drawn:
+    drawn = [s for s in scenes(2, 70) if s.objects[0].name != s.objects[1].name][:60]
+    assert len(drawn) == 60
+    assert sum(names(read_scene(s.render(48))) == names(s.objects) for s in drawn) == 60
+    right, reversed_ = 0, 0
+    for s in drawn[:25]:
         picture, (a, b) = s.render(48), s.objects
         pairs = (a.color, a.shape), (b.color, b.shape)
-        both += all(shows(picture, *pair) for pair in pairs)
         right += shows_relation(picture, pairs[0], relation(a, b), pairs[1])
         reversed_ += shows_relation(picture, pairs[0], relation(b, a), pairs[1])
-    assert len(drawn) == 100 and both >= 99 and right >= 99 and reversed_ == 0
+    assert right == 25 and reversed_ == 0
 
 
 def test_relation_takes_two_objects_and_the_longer_axis():
@@ -77,12 +78,12 @@ def test_relation_takes_two_objects_and_the_longer_axis():
     said = [w for w in ("left of", "right of", "above", "below") if shows_relation(picture, first, w, second)]
     assert said == ["left of"]
     assert not shows_relation(picture, first, "left of", ("blue", "circle"))
+    assert shows(picture, *first) and shows(picture, *second) and not shows(picture, "red", "star")
     assert not shows_relation(picture, first, "left of", first)  # there is only one
 
 
 def test_reconstructions_by_the_bundled_tokenizer():
-    """Measured on 1000 and 500 of split "test": see the numbers beside the bars."""
-    for objects, number, least in ((1, 150, 0.97), (2, 75, 0.90)):  # measured ONE and TWO
+    for objects, number, least in ((1, 60, 0.97), (2, 40, 0.90)):  # 0.997 of 1000 and 0.964 of 500 of split "test"
         drawn = scenes(objects, number)
         pictures = reconstructions(drawn)
         right = [names(read_scene(p)) == names(s.objects) for s, p in zip(drawn, pictures, strict=True)]
@@ -92,7 +93,7 @@ def test_reconstructions_by_the_bundled_tokenizer():
 def test_what_is_no_shape_is_not_read_as_one():
     rng = np.random.default_rng(0)
     shuffled = 0
-    for s in scenes(1, 50):
+    for s in scenes(1, 20):
         tiles = s.render(48).reshape(6, 8, 6, 8, 3).transpose(0, 2, 1, 3, 4).reshape(36, 8, 8, 3)
         picture = tiles[rng.permutation(36)].reshape(6, 6, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(48, 48, 3)
         shuffled += len(read_scene(picture)) > 0
@@ -106,7 +107,7 @@ def test_what_is_no_shape_is_not_read_as_one():
     for angle in (0, 30, 75):
         turned = [np.clip(ndimage.rotate(mask, angle, reshape=False, order=1), 0, 1) for mask in (oval, half)]
         assert all(read_scene(painted(mask, color)) == [] for mask in turned for color in COLORS)
-    bricks = [np.zeros((48, 48)) for _ in range(24)]
+    bricks = [np.zeros((48, 48)) for _ in range(16)]
     for mask in bricks:
         mask[12:36, 12:36] = np.kron(rng.random((6, 6)) < 0.5, np.ones((4, 4)))
     assert sum(read_scene(painted(mask, "green", "white")) != [] for mask in bricks) <= 1

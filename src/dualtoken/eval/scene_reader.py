@@ -13,7 +13,6 @@ and mosaics of 5 px bricks below 0.79 in 99 of 100. `DEBRIS` stops most of the l
 Shapes: S side of the picture given, R = 48, h and w sides of a window, K candidate places, P pixels.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -53,12 +52,8 @@ def background(picture: np.ndarray) -> str:
 
 
 def shows(picture: np.ndarray, color: str, shape: str) -> bool:
-    """Whether an object of that color and shape is in a picture, uint8 RGB [S, S, 3].
-
-    Raises UserError for a color or shape that the world has not.
-    """
-    _check("color", color, COLORS)
-    _check("shape", shape, SHAPES)
+    """Whether an object of that color and shape is in a picture, uint8 RGB [S, S, 3]; UserError for unknown words."""
+    _check((color, shape))
     return any((seen.color, seen.shape) == (color, shape) for seen in read_scene(picture))
 
 
@@ -68,10 +63,8 @@ def shows_relation(picture: np.ndarray, first: tuple[str, str], words: str, seco
     As `scene_text.relation`: the axis on which they differ more counts; where the two differences are equal within
     a pixel, either axis does. Of several objects of one name any pair will do, but never one object twice.
     """
-    _check("relation", words, WORDS)
-    for color, shape in (first, second):
-        _check("color", color, COLORS)
-        _check("shape", shape, SHAPES)
+    _check(first, words)
+    _check(second, words)
     seen = read_scene(picture)
     for a in (thing for thing in seen if (thing.color, thing.shape) == tuple(first)):
         for b in (thing for thing in seen if (thing.color, thing.shape) == tuple(second) and thing is not a):
@@ -83,10 +76,7 @@ def shows_relation(picture: np.ndarray, first: tuple[str, str], words: str, seco
 
 
 def read_scene(picture: np.ndarray) -> list[SeenObject]:
-    """The objects of a picture, uint8 RGB [S, S, 3], largest first.
-
-    Raises UserError for anything but a square uint8 RGB picture.
-    """
+    """The objects of a picture, uint8 RGB [S, S, 3], largest first; UserError for any other kind of array."""
     pixels = _pixels(picture)
     behind = _behind(pixels)[1]
     labels = _named(pixels, behind)
@@ -126,9 +116,10 @@ def read_scene(picture: np.ndarray) -> list[SeenObject]:
     return sorted(found, key=lambda seen: -seen.radius)
 
 
-def _check(kind: str, word: str, known: Collection[str]) -> None:
-    if word not in known:
-        raise UserError(f"{kind} {word!r} is unknown: choose one of {', '.join(known)}")
+def _check(pair: tuple[str, str], words: str = WORDS[0]) -> None:
+    for kind, word, known in (("color", pair[0], COLORS), ("shape", pair[1], SHAPES), ("relation", words, WORDS)):
+        if word not in known:
+            raise UserError(f"{kind} {word!r} is unknown: choose one of {', '.join(known)}")
 
 
 def _pixels(picture: np.ndarray) -> np.ndarray:
@@ -183,12 +174,11 @@ def _cover(pixels: np.ndarray, behind: np.ndarray, named: tuple, patch: np.ndarr
 
     The shade is taken from the brighter pixels of the patch, where its texture is not dark.
     """
-    light = (pixels @ np.array(named, np.float32))[patch]
+    light = pixels[patch] @ np.array(named, np.float32)
     shade = np.median(pixels[patch][light >= np.quantile(light, 0.6)], 0)
     share, miss = _mixed(pixels.reshape(-1, 3), behind.reshape(-1, 3), shade)
     share, miss = share.reshape(R, R), miss.reshape(R, R)
-    near = np.clip((0.25 - miss) / 0.1, 0, 1)
-    return share * near, miss > 0.2
+    return share * np.clip((0.25 - miss) / 0.1, 0, 1), miss > 0.2
 
 
 def _outlines(shape: str, places: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -243,8 +233,8 @@ def _fit(color: str, cover: np.ndarray, patch: np.ndarray, foreign: np.ndarray) 
         wide, high = (u.max() + 1 - u.min()) / R, (v.max() + 1 - v.min()) / R
         radius = (wide + high) / (right - left + bottom - top)
         x, y = (u.max() + 1 + u.min()) / 2 / R, (v.max() + 1 + v.min()) / 2 / R
-        place = (x - radius * (left + right) / 2, y - radius * (top + bottom) / 2, radius)
-        fits.append((0.0, shape, np.array(place), False))
+        place = np.array([x - radius * (left + right) / 2, y - radius * (top + bottom) / 2, radius])
+        fits.append((0.0, shape, place, False))
     for step, keep in ((0.8, 3), (0.8, 3), (0.4, 2), (0.2, 1)):  # pixels; how many stay: the rest is far behind
         better = []
         for _, shape, place, soft in fits:
@@ -253,8 +243,7 @@ def _fit(color: str, cover: np.ndarray, patch: np.ndarray, foreign: np.ndarray) 
             scores = agreement(shape, places, soft)
             better.append((float(scores.max()), shape, places[scores.argmax()], soft))
         fits = sorted(better, key=lambda fit: -fit[0])[:keep]
-        if keep == 3 and len(better) == 3:
-            fits += [(*fit[:3], True) for fit in fits]
+        fits += [(*fit[:3], True) for fit in fits] if keep == len(better) else []  # once: each shape blurred too
     score, shape, (x, y, radius), _ = fits[0]
     if score < ACCEPT or not RADIUS[0] <= radius <= RADIUS[1]:
         return None
