@@ -24,7 +24,7 @@ def test_the_report_is_self_contained_and_shows_every_picture(made):
     pictures = {p.name for p in made.glob("*.png")}
     assert pictures == {
         *("scenes.png", "photographs.png", "yours.png", "code_maps.png", "neighbors.png", "zero_shot.png"),
-        "zero_shot_yours.png",
+        *("zero_shot_yours.png", "answers.png", "answers_yours.png", "drawings.png", "edits.png", "story.png"),
     }
     assert page.count("data:image/png;base64,") == len(pictures)
     assert not re.search(r'(src|href)="(?!data:)', page)
@@ -37,6 +37,12 @@ def test_metrics_are_those_of_the_report(made):
     assert f"{found['scenes']['psnr']:.4g}" in page and f"{found['photographs']['psnr']:.4g}" in page
     assert found["neighbors"]["shape"]["semantic"] > found["neighbors"]["shape"]["pixel"]
     assert found["neighbors"]["background"]["pixel"] > found["neighbors"]["background"]["semantic"]
+
+
+def test_the_model_at_work_is_counted(made):
+    found = json.loads((made / "metrics.json").read_text())["model_at_work"]
+    assert found["questions"]["asked"] == 8 and found["questions"]["right"] >= 4
+    assert found["drawings"]["of"] == 12 and found["edits"]["of"] == 8
 
 
 def test_pictures_are_not_blank(made):

@@ -66,8 +66,10 @@ def logits_of(model, inputs):
 
 def plain_hidden(model, ids, codes):
     """The LLM's states [T, H] of one sample: features of both vocabularies joined, projected, put in place."""
-    pixel = model.vision_tokenizer.pixel.lookup(codes.pixel)
-    semantic = model.vision_tokenizer.semantic.lookup(codes.semantic)
+    pixel, semantic = (
+        F.layer_norm(getattr(model.vision_tokenizer, name).lookup(getattr(codes, name)), (model.feature_width,))
+        for name in ("pixel", "semantic")
+    )
     first, _, second = model.projector.joint
     seen = iter([
         second(F.gelu(first(torch.cat([pixel[m, n], semantic[m, n]])))) for m in range(len(codes)) for n in range(4)

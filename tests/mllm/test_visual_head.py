@@ -187,9 +187,14 @@ def layers(part, x):
     return part[2](F.gelu(part[0](x)))
 
 
+def normal(x):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
 def test_concat_first_joins_features_then_projects():
     made, pixel, semantic = both("concat_first")
-    joined = torch.stack([torch.cat([pixel[m, n], semantic[m, n]]) for m in range(2) for n in range(4)])
+    seen = normal(pixel), normal(semantic)
+    joined = torch.stack([torch.cat([seen[0][m, n], seen[1][m, n]]) for m in range(2) for n in range(4)])
     assert made.joint[0].in_features == 12
     assert torch.allclose(made(pixel, semantic).flatten(0, 1), layers(made.joint, joined), atol=1e-6)
 
@@ -199,17 +204,22 @@ def test_project_first_gives_each_vocabulary_half_of_the_width(width):
     made, pixel, semantic = both("project_first", width=width)
     out = made(pixel, semantic)
     assert out.shape == (2, 4, width)
-    assert torch.allclose(out[..., :16], layers(made.pixel, pixel), atol=1e-6)
-    assert torch.allclose(out[..., 16:], layers(made.semantic, semantic), atol=1e-6)
+    assert torch.allclose(out[..., :16], layers(made.pixel, normal(pixel)), atol=1e-6)
+    assert torch.allclose(out[..., 16:], layers(made.semantic, normal(semantic)), atol=1e-6)
 
 
 def test_places_add_what_is_learnt_for_a_position_also_step_by_step():
     made, pixel, semantic = both("concat_first", places=True)
-    out, bare = made(pixel, semantic), layers(made.joint, torch.cat([pixel, semantic], -1))
+    out, bare = made(pixel, semantic), layers(made.joint, torch.cat([normal(pixel), normal(semantic)], -1))
     for n in range(4):
         assert torch.allclose(out[:, n], bare[:, n] + made.places[n], atol=1e-6)
         step = made(pixel[:, n : n + 1], semantic[:, n : n + 1], first=n)
         assert torch.allclose(step[:, 0], out[:, n], atol=1e-6)
+
+
+def test_features_of_any_scale_give_the_same_embeds():
+    made, pixel, semantic = both("concat_first")
+    assert torch.allclose(made(pixel, 100 * semantic + 3), made(pixel, semantic), atol=1e-3)
 
 
 def test_unknown_order_is_one_line():
