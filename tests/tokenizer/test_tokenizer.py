@@ -126,5 +126,6 @@ def test_bundled_model_is_half_precision_and_small():
     directory = tokenizer_directory("mini")
     model = open_tokenizer("mini")
     assert json.loads((directory / "preprocessor_config.json").read_text())["size"] == model.image_size == 48
-    assert sum(p.stat().st_size for p in directory.parent.rglob("*") if p.is_file()) < 16 * 2**20
+    sizes = {part.name: sum(p.stat().st_size for p in part.rglob("*")) for part in directory.parent.iterdir()}
+    assert sizes["tokenizer"] + sizes["encoder"] < 16 * 2**20 and sum(sizes.values()) < 48 * 2**20
     assert load_file(directory / "model.safetensors")["decoder.conv_out.weight"].dtype == torch.float16

@@ -136,4 +136,6 @@ def reconstruct(tokenizer: DualTokenVisionTokenizer, images: Tensor) -> Tensor:
 
 AutoConfig.register(DualTokenVisionConfig.model_type, DualTokenVisionConfig, exist_ok=True)
 AutoModel.register(DualTokenVisionConfig, DualTokenVisionTokenizer, exist_ok=True)
-AutoImageProcessor.register(DualTokenVisionConfig, slow_image_processor_class=DualTokenImageProcessor, exist_ok=True)
+# One class, on Pillow, under both names of back ends: else transformers warns that it has to fall back.
+_PROCESSORS = dict.fromkeys(("pil", "torchvision"), DualTokenImageProcessor)
+AutoImageProcessor.register(DualTokenVisionConfig, image_processor_classes=_PROCESSORS, exist_ok=True)
