@@ -151,10 +151,8 @@ def _help(table: dict, path: list[str]) -> str:
     """The commands of a table with an example each."""
     lines = [f"usage: {' '.join(path)} COMMAND [options]", ""]
     if path == ["dualtoken"]:
-        lines[1:1] = [
-            "",
-            "Pictures as pixel and semantic codes, and a language model that reads and writes both (DualToken).\nStart with: dualtoken demo",
-        ]
+        about = "Pictures as pixel and semantic codes, and a language model that reads and writes both (DualToken)."
+        lines[1:1] = ["", about, "Start with: dualtoken demo"]
     for name, command in table.items():
         text = command.help if isinstance(command, Command) else f"{', '.join(command)}: measure a model"
         lines.append(f"  {name:16} {text}")
