@@ -44,8 +44,8 @@ def show_model(page: Page, folder: Path, assistant: Assistant, own: dict[str, Pa
 
 def _show_answers(page: Page, folder: Path, assistant: Assistant, own: dict[str, Path], seed: int) -> dict:
     size = assistant.processor.image_processor.size
-    several = draw_questions(2, "test", seed + 1000)[:ASKED]
-    answers = ask_questions(assistant, several, ASKED, "test")
+    one_each = {index: (index, question) for index, question in draw_questions(ASKED, "test", seed + 1000)}
+    answers = ask_questions(assistant, list(one_each.values())[:ASKED], ASKED, "test")
     pictures = [picture_of(scene(a.scene, "test"), size) for a in answers]
     lines = [f"{a.question.question}\n{a.said}" + ("" if a.right else f"\n(wrong: {a.question.answer})")
              for a in answers]  # fmt: skip
@@ -74,7 +74,7 @@ def _show_drawings(page: Page, folder: Path, assistant: Assistant, seed: int) ->
     total = DRAWN * len(PROMPTS)
     both = [[*rows["with semantic codes"][i], *rows["pixel codes alone"][i]] for i in range(len(PROMPTS))]
     path = draw_rows(
-        folder / "drawings.png", [_stack(row) for row in both], [_wrapped(text) for text, _, _ in PROMPTS],
+        folder / "drawings.png", [_stack(row) for row in both], [_wrapped(text, 16) for text, _, _ in PROMPTS],
         ["with semantic codes", "", "", "", "pixel codes alone", "", "", ""],
     )  # fmt: skip
     told = ", ".join(f"{count} of {total} {name}" for name, count in counts.items())

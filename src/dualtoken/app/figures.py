@@ -35,7 +35,7 @@ def _grid(rows: int, columns: int, labels: Sequence[str], side: float = 1.25) ->
         rows, columns, figsize=(side * columns + 1, side * rows + 0.3), squeeze=False, layout="constrained"
     )
     for row, label in enumerate(labels):
-        axes[row, 0].set_ylabel(label, fontsize=9)
+        axes[row, 0].set_ylabel(label, fontsize=9 if len(label) < 20 else 7)
     return figure, axes
 
 
