@@ -44,8 +44,10 @@ def show_model(page: Page, folder: Path, assistant: Assistant, own: dict[str, Pa
 
 def _show_answers(page: Page, folder: Path, assistant: Assistant, own: dict[str, Path], seed: int) -> dict:
     size = assistant.processor.image_processor.size
-    one_each = {index: (index, question) for index, question in draw_questions(ASKED, "test", seed + 1000)}
-    answers = ask_questions(assistant, list(one_each.values())[:ASKED], ASKED, "test")
+    first = {}
+    for index, question in draw_questions(ASKED, "test", seed + 1000):
+        first.setdefault(index, question)  # one of each scene
+    answers = ask_questions(assistant, list(first.items())[:ASKED], ASKED, "test")
     pictures = [picture_of(scene(a.scene, "test"), size) for a in answers]
     lines = [f"{a.question.question}\n{a.said}" + ("" if a.right else f"\n(wrong: {a.question.answer})")
              for a in answers]  # fmt: skip
