@@ -2,6 +2,7 @@
 
 import textwrap
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from dualtoken.app.figures import draw_captioned, draw_rows
 from dualtoken.app.report import Page
 from dualtoken.core.images import image_bytes, read_image
 from dualtoken.data.scene_chat import DETAIL, story_prompt
-from dualtoken.data.scene_text import EDIT_TYPES
+from dualtoken.data.scene_text import EDIT_TYPES, QUESTION_TYPES
 from dualtoken.data.scenes import scene
 from dualtoken.eval.generation import draw_edits, judge_edit
 from dualtoken.eval.scene_reader import shows
@@ -44,10 +45,11 @@ def show_model(page: Page, folder: Path, assistant: Assistant, own: dict[str, Pa
 
 def _show_answers(page: Page, folder: Path, assistant: Assistant, own: dict[str, Path], seed: int) -> dict:
     size = assistant.processor.image_processor.size
-    first = {}
-    for index, question in draw_questions(ASKED, "test", seed + 1000):
-        first.setdefault(index, question)  # one of each scene
-    answers = ask_questions(assistant, list(first.items())[:ASKED], ASKED, "test")
+    possible, asked = draw_questions(10 * ASKED, "test", seed + 1000), {}
+    for kind in islice(cycle(QUESTION_TYPES), ASKED):  # the types in turn, each about another scene
+        index, question = next((i, q) for i, q in possible if q.type == kind and i not in asked)
+        asked[index] = question
+    answers = ask_questions(assistant, list(asked.items()), ASKED, "test")
     pictures = [picture_of(scene(a.scene, "test"), size) for a in answers]
     lines = [f"{a.question.question}\n{a.said}" + ("" if a.right else f"\n(wrong: {a.question.answer})")
              for a in answers]  # fmt: skip
