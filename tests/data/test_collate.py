@@ -7,7 +7,8 @@ import torch
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.data.collate import IGNORE, ChatTokens, pack
-from dualtoken.data.mixture import Dropout, MixtureBatches, mixture_batches
+from dualtoken.data.images import step_batches
+from dualtoken.data.mixture import Dropout, MixtureBatches
 from dualtoken.data.scene_chat import SceneChatConfig, SceneChats
 from tests import tiny
 from tests.data.test_chat import stored
@@ -135,7 +136,7 @@ def test_a_batch_is_a_function_of_seed_step_and_rank():
     batches = mixture(ALL, dropout=dropout)
     wanted = [batches[step] for step in range(4)]
     for workers in (0, 2):
-        found = list(mixture_batches(mixture(ALL, dropout=dropout), 1, 4, workers))
+        found = list(step_batches(mixture(ALL, dropout=dropout), 1, 4, workers))
         assert len(found) == 3 and all(equal(a, b) for a, b in zip(found, wanted[1:], strict=True))
     assert not equal(wanted[0], wanted[1])
     assert not equal(mixture(ALL, seed=4, dropout=dropout)[0], wanted[0])

@@ -3,7 +3,7 @@
 Shapes: T tokens of a sample, R rows, L length of a row, M images in order of appearance, N positions, D depth.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,12 +35,11 @@ class PackedBatch:
     draw_semantic: Tensor  # bool [M]
     useful: float  # share of the R * L places that are no padding
     samples: int
-    skipped: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         moved = {n: getattr(self, n).to(device) for n in ("input_ids", "position_ids", "labels", "draw_semantic")}
         codes = None if self.codes is None else self.codes.to(device)
-        return PackedBatch(**moved, codes=codes, useful=self.useful, samples=self.samples, skipped=self.skipped)
+        return PackedBatch(**moved, codes=codes, useful=self.useful, samples=self.samples)
 
     @property
     def inputs(self) -> dict:

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -276,8 +276,8 @@ class StepBatches(Dataset):
         return int(self._order[1][at])
 
 
-def step_batches(batches: StepBatches, start: int, stop: int, workers: int) -> Iterator[Batch]:
-    """Batches start .. stop - 1 in order, drawn ahead by `workers` processes."""
+def step_batches(batches: Dataset, start: int, stop: int, workers: int) -> Iterator[Any]:
+    """Batches start .. stop - 1 of a dataset of steps in order, made ahead by `workers` processes."""
     loader = DataLoader(
         batches,
         batch_size=None,

@@ -1,12 +1,12 @@
 """Which chats make up a step: tasks drawn by weight, packed; step `i` is a function of (seed, i, rank) alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, StoredCodes
@@ -77,16 +77,3 @@ class MixtureBatches(Dataset):
         if hide_semantic and sample.draws:
             tokens.draw_semantic = torch.zeros_like(tokens.draw_semantic)
         return tokens
-
-
-def mixture_batches(batches: MixtureBatches, start: int, stop: int, workers: int) -> Iterator[PackedBatch]:
-    """Batches start .. stop - 1 in order, made ahead by `workers` processes."""
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator().manual_seed(0),
-    )
-    return iter(loader)

@@ -15,7 +15,8 @@ from dualtoken.core.errors import UserError
 from dualtoken.core.pretrained import check_directory
 from dualtoken.data.chat import StoredCodes, by_name
 from dualtoken.data.collate import IGNORE, PackedBatch, pack
-from dualtoken.data.mixture import Dropout, MixtureBatches, mixture_batches
+from dualtoken.data.images import step_batches
+from dualtoken.data.mixture import Dropout, MixtureBatches
 from dualtoken.data.scene_chat import TASKS, SceneChatConfig, SceneChats
 from dualtoken.mllm.model import Counts, DualTokenConfig, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_llm
@@ -210,7 +211,7 @@ def _train_stage(
         optimizer.load_state_dict(state["optimizer"])
     wrapped = run.accelerator.prepare(model)
     parameters = list(learning.values())
-    stream = mixture_batches(batches, run.start * config.accumulate, stage.steps * config.accumulate, data.workers)
+    stream = step_batches(batches, run.start * config.accumulate, stage.steps * config.accumulate, data.workers)
     for step in run.run():
         wrapped.train()
         for group in optimizer.param_groups:
