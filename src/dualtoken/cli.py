@@ -91,6 +91,11 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "dualtoken eval generation --output result.json --pictures sheets/",
         ),
     },
+    "convert": Command(
+        "dualtoken.tokenizer.convert:convert",
+        "a tokenizer checkpoint of the paper's repository -> directories of ours",
+        "dualtoken convert epoch_1.pt --description config.json --output converted",
+    ),
     "train-encoder": Command(
         "dualtoken.training.encoder:train_encoder",
         "train an image-text encoder (the pretrained SigLIP of the miniature)",

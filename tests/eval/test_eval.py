@@ -85,8 +85,8 @@ def test_accuracy_retrieval_and_factors_by_hand():
     assert factor_accuracy(eye, eye, torch.tensor([0, 0, 1, 1]), [[0, 1], [2, 3]]) == 1.0
     assert factor_accuracy(eye, eye, torch.tensor([0, 1, 0, 0]), [[0, 2], [1, 3]]) == 0.75
     swapped = eye[[1, 0, 2, 3]]
-    assert recall(swapped, eye, ["a", "b", "c", "d"]) == (0.5, 0.5)
-    assert recall(swapped, eye, ["a", "a", "c", "d"]) == (1.0, 1.0)  # equal captions are both right
+    assert recall(swapped, eye, [["a"], ["b"], ["c"], ["d"]]) == (0.5, 0.5)
+    assert recall(swapped, eye, [["a"], ["a"], ["c"], ["d"]]) == (1.0, 1.0)  # equal captions are both right
 
 
 def test_bundled_model_keeps_pictures_and_meaning(tmp_path):

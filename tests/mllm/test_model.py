@@ -11,6 +11,7 @@ from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message, Picture
 from dualtoken.data.collate import IGNORE, pack
+from dualtoken.generation.sampling import DrawConfig
 from dualtoken.mllm.model import Counts, DualTokenConfig, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, from_parts, small_llm
 from dualtoken.mllm.processor import DualTokenProcessor
@@ -18,6 +19,7 @@ from dualtoken.mllm.projector import ProjectorConfig
 from dualtoken.tokenizer.backbone import BackboneConfig
 from dualtoken.tokenizer.branch import BranchConfig
 from dualtoken.tokenizer.quantizer import QuantizerConfig
+from dualtoken.training.tokenizer import build_tokenizer
 from tests import tiny
 
 START, PADS, END = "<|vision_start|>", "<|image_pad|>" * 4, "<|vision_end|>"
@@ -119,6 +121,35 @@ def test_loss_parts_are_equations_6_and_7():
     assert out.pixel.shape == (2,) and torch.allclose(out.pixel, pixel, rtol=1e-5)
     assert out.semantic.shape == (2,) and torch.allclose(out.semantic, semantic, rtol=1e-5)
     assert torch.allclose(out.loss, 0.5 * text + 2 * pixel.sum() + 3 * semantic.sum(), rtol=1e-5)
+
+
+@torch.no_grad()
+def test_depths_may_weigh_differently():
+    model, processor = tiny.mllm(pixel_weight=2.0, depth_weights=[1.0, 0.25])
+    tokens = processor.encode(sample())
+    out = model(tokens.ids[None], codes=tokens.codes, labels=tokens.labels[None])
+    wanted = out.text + 2 * (out.pixel[0] + 0.25 * out.pixel[1]) + out.semantic[0] + 0.25 * out.semantic[1]
+    assert torch.allclose(out.loss, wanted, rtol=1e-5)
+    with pytest.raises(UserError, match=r"depth_weights \[1.0\]: give one for each of the 2 depths"):
+        tiny.mllm(depth_weights=[1.0])
+
+
+@torch.no_grad()
+def test_vocabularies_may_have_different_depths(tmp_path):
+    torch.manual_seed(0)
+    deeper = BranchConfig(QuantizerConfig(kind="mcq", codebook_size=24, code_dim=8, depth=4))
+    build_tokenizer((tiny.BACKBONE, None), deeper, tiny.BRANCH, tiny.DECODER).save_pretrained(tmp_path)
+    model, processor = from_parts(str(tmp_path), *small_llm(tiny.WORDS, tiny.LLM), ModelConfig(head=tiny.HEAD))
+    codes = model.vision_tokenizer.encode(tiny.images(1))
+    drawn = ChatSample((Message("user", ("draw",)), Message("assistant", (Picture("a", codes=codes),))), "t", "a")
+    tokens = processor.encode(drawn)
+    out = model.eval()(tokens.ids[None], codes=tokens.codes, labels=tokens.labels[None])
+    assert out.pixel.shape == (4,) and out.semantic.shape == (2,)
+    assert torch.allclose(out.loss, out.text + out.pixel.sum() + out.semantic.sum())
+    assert model.pixel_head.embedding.num_embeddings == 4 * 24 and model.semantic_head.embedding.num_embeddings == 16
+    prompt = tokens.ids[: int((tokens.ids == model.config.draw_start_id).nonzero())]
+    made = model.generate(prompt[None], generation_mode="image", draw=DrawConfig(guidance=1.0))
+    assert made.pixel.shape == (1, 4, 4) and int(made.pixel.max()) < 24 and made.semantic.shape == (1, 4, 2)
 
 
 def test_images_only_looked_at_carry_no_loss():

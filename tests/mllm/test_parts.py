@@ -11,7 +11,7 @@ from dualtoken.data.collate import IGNORE
 from dualtoken.mllm import parts
 from dualtoken.mllm.model import SPECIAL, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import CHAT_TOKENS, ModelConfig, SmallLLMConfig, from_parts, small_llm
-from dualtoken.mllm.presets import mllm_directory, open_mllm, paper_model
+from dualtoken.mllm.presets import SHAPES, mllm_directory, open_mllm
 from dualtoken.mllm.projector import two_layers
 from tests import tiny
 
@@ -205,7 +205,7 @@ def size(module):
 
 @pytest.mark.parametrize(("name", "llm", "hidden"), [("paper-3b", 3.09e9, 2048), ("paper-7b", 7.62e9, 3584)])
 def test_models_of_the_papers_size_have_its_parameter_counts(name, llm, hidden):
-    model = paper_model(name)
+    model = SHAPES[name].build()
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert size(model.llm) == pytest.approx(llm, rel=2e-3)
     first = model.projector.joint[0]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,26 @@ def test_every_depth_has_its_own_classifier():
     assert made.classifiers[0].weight.grad is None or not made.classifiers[0].weight.grad.any()
 
 
+def test_depths_with_codebooks_of_their_own_have_embeddings_of_their_own():
+    made = head(replace(CONFIG, shared_embedding=False))
+    assert made.embedding.num_embeddings == CONFIG.depth * CONFIG.codebook_size
+    hidden, codes = batch()
+    codes[:] = 1
+    with torch.no_grad():
+        before = made(hidden, codes)
+        made.embedding.weight[1] += 1.0  # code 1 of the first depth: seen from the second depth on
+        after = made(hidden, codes)
+        assert torch.equal(before[:, 0], after[:, 0]) and not torch.allclose(before[:, 1], after[:, 1])
+        made.embedding.weight[CONFIG.codebook_size + 1] += 1.0  # of the second: seen from the third on
+        last = made(hidden, codes)
+        assert torch.equal(after[:, :2], last[:, :2])
+        assert CONFIG.depth < 3 or not torch.allclose(after[:, 2], last[:, 2])
+        state, given = made.start(), hidden
+        for depth in range(CONFIG.depth):
+            torch.testing.assert_close(made.step(state, given), last[:, depth])
+            given = codes[:, depth]
+
+
 def test_loss_is_cross_entropy_by_depth_summed_over_positions():
     made, (hidden, codes) = head(), batch()
     logits = plain_logits(made, hidden, codes).log_softmax(-1)
@@ -145,6 +166,55 @@ def test_inputs_of_depths_are_vila_us_cumulated_code_embeddings():
     for depth in range(3):
         made.step(state, codes[:, depth])
         assert torch.allclose(seen.pop(), wanted[:, depth], atol=1e-6)
+
+
+VILA_U = VisualHeadConfig(
+    codebook_size=96, depth=4, width=48, layers=3, heads=4, embed_dim=24, gated=False, shared_classifier=True,
+    linear_projector=True,
+)  # fmt: skip
+
+
+def vila_u():
+    """Our head with VILA-U's weights; its codebook is the code embedding."""
+    stored = load_file(FIXTURE.parent / "weights.safetensors")
+    ours = {"embedding.weight": stored.pop("quantizer.codebooks.0.weight")[:-1]}
+    theirs = {k.removeprefix("rqtransformer."): v for k, v in stored.items()}
+    ours["positions"] = theirs.pop("pos_emb_d")[0]
+    table = {"in_mlp_2": "projector", "in_mlp_1": "embed_in", "classifier_mlp.layer_norm": "norm",
+             "classifier_mlp.linear": "classifiers.0"}  # fmt: skip
+    for layer in range(3):
+        block = f"head_transformer.blocks.{layer}"
+        parts = {"ln1": "norm", "attn.proj": "out", "ln2": "mlp.0", "mlp.0": "mlp.1", "mlp.2": "mlp.3"}
+        table |= {f"{block}.{a}": f"blocks.{layer}.{b}" for a, b in parts.items()}
+        for kind in ("weight", "bias"):
+            joined = [theirs.pop(f"{block}.attn.{part}.{kind}") for part in ("query", "key", "value")]
+            ours[f"blocks.{layer}.qkv.{kind}"] = torch.cat(joined)
+    for key, value in theirs.items():
+        name, _, kind = key.rpartition(".")
+        ours[f"{table[name]}.{kind}"] = value
+    made = VisualHead(64, VILA_U).eval()
+    made.load_state_dict(ours)
+    return made
+
+
+@torch.no_grad()
+def test_with_its_weights_the_head_gives_vila_us_logits_and_loss():
+    stored, made = load_file(FIXTURE) | load_file(FIXTURE.parent / "io.safetensors"), vila_u()
+    hidden, codes = stored["tf.hidden"].flatten(0, 1), stored["tf.codes"].flatten(0, 1)
+    torch.testing.assert_close(made(hidden, codes), stored["tf.logits"].flatten(0, 1), atol=1e-4, rtol=0)
+    assert made.loss(hidden, codes).sum() / codes.numel() == pytest.approx(float(stored["tf.loss"]), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("run", "scale"), [("cfg3", 3.0), ("cfg1", 1.0)])
+def test_step_by_step_under_guidance_it_draws_vila_us_codes(run, scale):
+    stored, made = load_file(FIXTURE) | load_file(FIXTURE.parent / "io.safetensors"), vila_u()
+    state, given = made.start(), stored["gen.hidden"][:, 0]
+    for depth in range(4):
+        logits = guide(made.step(state, given), scale)
+        torch.testing.assert_close(logits, stored[f"gen.{run}.logits"][:, depth], atol=2e-4, rtol=0)
+        given = logits.argmax(-1).repeat(2)  # the same code with and without the prompt
+        assert torch.equal(given, stored[f"gen.{run}.codes"][:, 0, depth])
 
 
 def test_guidance_is_vila_us():

@@ -1,12 +1,12 @@
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dualtoken.core.errors import UserError
 from dualtoken.tokenizer.branch import AttentionCache, AttentionProjection, Branch, BranchConfig
+from dualtoken.tokenizer.convert import projection_name
 from dualtoken.tokenizer.quantizer import QuantizerConfig
+from tests.tokenizer.reference import FIXTURE, stored_state
 
 CODES = QuantizerConfig(codebook_size=32, code_dim=8, depth=3)
 
@@ -58,22 +58,6 @@ def test_mistakes_are_named(features):
         Branch(36, BranchConfig(CODES))
 
 
-REFERENCE = {  # its names -> ours
-    "norm1": "norm_attention",
-    "norm3": "norm_projection",
-    "norm2": "norm_mlp",
-    "attn.qkv": "qkv",
-    "attn.q_bias": "q_bias",
-    "attn.v_bias": "v_bias",
-    "attn.proj": "out",
-    "proj": "projection",
-    "mlp.norm": "mlp.norm",
-    "mlp.w0": "mlp.gate",
-    "mlp.w1": "mlp.up",
-    "mlp.w2": "mlp.down",
-}
-
-
 @pytest.mark.parametrize(
     ("part", "source", "target"),
     [
@@ -84,16 +68,11 @@ REFERENCE = {  # its names -> ours
     ],
 )
 def test_projection_equals_the_reference(part, source, target):
-    stored = load_file(Path(__file__).parents[1] / "fixtures/rvq4/projections.safetensors")
-    weights = {}
-    for key, value in stored.items():
-        if key.startswith(part + ".") and not key.endswith("zero_k_bias"):
-            name, _, kind = key.removeprefix(part + ".").rpartition(".")
-            weights[REFERENCE[f"{name}.{kind}"] if f"{name}.{kind}" in REFERENCE else f"{REFERENCE[name]}.{kind}"] = (
-                value
-            )
-    x, expected = (stored[f"io.{name}"].flatten(1, -2) for name in (source, target))
+    stored, io = stored_state(), load_file(FIXTURE / "infer.safetensors")
+    parts = {projection_name(k.removeprefix(f"{part}.")): v for k, v in stored.items() if k.startswith(f"{part}.")}
+    assert not parts.pop(None).any()
+    x, expected = (io[name].flatten(1, -2) for name in (source, target))
     projection = AttentionProjection(x.shape[-1], expected.shape[-1], causal=part.startswith("post"))
-    projection.load_state_dict(weights, strict=True)
+    projection.load_state_dict(parts, strict=True)
     with torch.no_grad():
         torch.testing.assert_close(projection(x), expected, atol=1e-4, rtol=1e-4)

@@ -1,40 +1,21 @@
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dualtoken.core.errors import UserError
+from dualtoken.tokenizer.convert import decoder_name
 from dualtoken.tokenizer.decoder import Decoder, DecoderConfig
+from tests.tokenizer.reference import FIXTURE, stored_state
 
-FIXTURE = Path(__file__).parents[1] / "fixtures/rvq4/decoder.safetensors"
 TINY = DecoderConfig(channels=8, multipliers=(1, 2, 2), blocks=1, z_channels=16)
 
 
-def our_name(name: str, levels: int) -> str:
-    """The reference's parameter name in our words; its levels count from full resolution, ours from coarse."""
-    name = name.replace("post_quant_conv.", "entry.").removeprefix("decoder.")
-    name = re.sub(r"^up\.(\d)", lambda m: f"levels.{levels - 1 - int(m[1])}", name)
-    for theirs, ours in (
-        ("mid.block_1", "middle.0"),
-        ("mid.attn_1", "middle.1"),
-        ("mid.block_2", "middle.2"),
-        (".block.", ".blocks."),
-        (".attn.", ".attention."),
-        ("upsample.conv", "upsample"),
-        ("nin_shortcut", "skip"),
-        ("proj_out", "out"),
-    ):
-        name = name.replace(theirs, ours)
-    return name
-
-
 def test_equals_the_reference():
-    stored = load_file(FIXTURE)
-    features, expected = stored.pop("io.post_quant_conv_in"), stored.pop("io.recon")
+    io = load_file(FIXTURE / "infer.safetensors")
+    features, expected = io["post_quant_conv_in"], io["recon"]
+    stored = {k: v for k, v in stored_state().items() if k.startswith(("decoder.", "post_quant_conv."))}
     decoder = Decoder(64, 8, DecoderConfig(channels=32, multipliers=(1, 1, 2, 2), blocks=3, z_channels=32)).eval()
-    decoder.load_state_dict({our_name(k, 4): v.float() for k, v in stored.items()}, strict=True)
+    decoder.load_state_dict({decoder_name(k, 4): v for k, v in stored.items()}, strict=True)
     with torch.no_grad():
         images = decoder(features.flatten(2).transpose(1, 2))
     assert images.shape == (2, 3, 64, 64) and decoder.image_size == 64

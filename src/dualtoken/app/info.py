@@ -1,30 +1,52 @@
-"""`dualtoken info`: what a model directory or preset holds, and what the paper's models would."""
+"""`dualtoken info`: what a model directory or preset holds, and what a model of a shape by name would."""
 
 import json
 import math
 from pathlib import Path
 
+import yaml
 from torch import nn
 
 from dualtoken.core.errors import UserError
 from dualtoken.core.pretrained import check_directory
 from dualtoken.eval.report import table
 from dualtoken.mllm.model import DualTokenConfig, DualTokenForConditionalGeneration
-from dualtoken.mllm.presets import PAPER_LLMS, mllm_directory, open_mllm, paper_model
+from dualtoken.mllm.presets import SHAPES, mllm_directory, open_mllm
+from dualtoken.mllm.projector import two_layers
 from dualtoken.tokenizer.encoder import ImageTextConfig, ImageTextEncoder
-from dualtoken.tokenizer.presets import BUNDLED, encoder_directory, open_encoder, open_tokenizer, tokenizer_directory
+from dualtoken.tokenizer.presets import (
+    BUNDLED,
+    RECIPES,
+    encoder_directory,
+    meta_tokenizer,
+    open_encoder,
+    open_tokenizer,
+    shapes,
+    tokenizer_directory,
+)
 from dualtoken.tokenizer.tokenizer import DualTokenVisionConfig, DualTokenVisionTokenizer
+from dualtoken.training.memory import stage_memory
+from dualtoken.training.stages import STAGES
+
+GIB = 2**30
+TEXT = 128  # text tokens of a sample, a guess for the memory of activations
 
 
 def info(model: str) -> None:
     """Print parameters by part, sizes, taps and codes of a model.
 
     Args:
-        model: a preset, or the directory of a tokenizer, image-text encoder or multimodal model; "paper-3b" and
-            "paper-7b" are counted without weights.
+        model: a preset, the directory of a tokenizer, image-text encoder or multimodal model, or a shape by name, which
+            is counted without weights: a tokenizer's recipe (siglip-l-256, ...), paper-3b, paper-7b, gpu-0.5b, gpu-1.5b
     """
-    if model in PAPER_LLMS:
-        _mllm(model, paper_model(model))
+    if model in SHAPES:
+        built = SHAPES[model].build()
+        _mllm(model, built)
+        print("\n" + _appendix_d(built))
+        print("\n" + _memory(model, built))
+        return
+    if model in shapes():
+        _tokenizer(model, meta_tokenizer(model))
         return
     if model in BUNDLED:
         _tokenizer(tokenizer_directory(model), open_tokenizer(model))
@@ -34,7 +56,8 @@ def info(model: str) -> None:
         _mllm(mllm_directory(model), open_mllm(model)[0])
         return
     if not Path(model).exists():
-        raise UserError(f"MODEL {model}: no such directory, and no preset (presets: {', '.join(BUNDLED)})")
+        known = ", ".join([*BUNDLED, *shapes(), *SHAPES])
+        raise UserError(f"MODEL {model}: no such directory, and no preset or shape (known: {known})")
     directory = check_directory(model, "MODEL")
     kind = json.loads((directory / "config.json").read_text()).get("model_type")
     if kind == DualTokenVisionConfig.model_type:
@@ -49,9 +72,9 @@ def info(model: str) -> None:
         )
 
 
-def _tokenizer(directory: Path, model: DualTokenVisionTokenizer) -> None:
+def _tokenizer(name: Path | str, model: DualTokenVisionTokenizer) -> None:
     backbone = model.backbone
-    print(f"vision tokenizer {directory}\n")
+    print(f"vision tokenizer {name}\n")
     print(_parameters(model))
     rows = [
         ("image", f"{model.image_size} x {model.image_size} px"),
@@ -64,7 +87,8 @@ def _tokenizer(directory: Path, model: DualTokenVisionTokenizer) -> None:
         bits = model.positions * q.depth * math.ceil(math.log2(q.codebook_size))
         total += bits
         layer = getattr(backbone, f"{name}_layer")
-        rows.append((name, f"layer {layer}, {q.codebook_size} x {q.code_dim}, depth {q.depth}: {bits} bits an image"))
+        sizes = f"{q.kind} of {q.codebook_size} codes, width {q.code_dim}, depth {q.depth}"
+        rows.append((name, f"layer {layer}, {sizes}: {bits} bits an image"))
     stored = 2 * sum(model.positions * getattr(model, n).quantizer.config.depth for n in ("pixel", "semantic"))
     rows.append(("an image", f"{math.ceil(total / 8)} bytes of information, {stored} bytes on disk (16 bits a code)"))
     print("\n" + table(("part", "what"), rows))
@@ -98,6 +122,41 @@ def _mllm(name: Path | str, model: DualTokenForConditionalGeneration) -> None:
         ("a picture", f"{config.positions} positions, read as {config.input}, drawn as {config.output}"),
     ]  # fmt: skip
     print("\n" + table(("part", "what"), rows))
+
+
+def _appendix_d(model: DualTokenForConditionalGeneration) -> str:
+    """What the second vocabulary adds, beside appendix D's numbers for the 3B model."""
+    hidden, width = model.config.text_config.hidden_size, model.feature_width
+    one = two_layers(width, hidden, hidden)
+    head = model.semantic_head
+    rows = [
+        ("projector", _count(model.projector.joint) - _count(one), "2.1 M"),
+        ("a visual head: blocks and classifiers", _count(head.blocks) + _count(head.classifiers), "258 M"),
+        ("its generation projector and input layer", _count(head.projector) + _count(head.embed_in), None),
+        ("its code embeddings (VQEmbedding)", _count(head.embedding), "16 M"),
+    ]
+    total = sum(added for _, added, _ in rows)
+    rows = [(name, f"{added:,}", paper) for name, added, paper in rows]
+    rows.append(("all, as a share of the LLM", f"{100 * total / _count(model.llm):.2f} %", "8.93 % of 3B"))
+    return table(("added by the second vocabulary", "here", "appendix D (3B)"), rows)
+
+
+def _memory(name: str, model: DualTokenForConditionalGeneration) -> str:
+    """What each stage of the shape's recipe takes on one device."""
+    recipe = yaml.safe_load((RECIPES / f"{SHAPES[name].recipe}.yaml").read_text())
+    accumulate, rank = recipe["loop"]["accumulate"], recipe.get("lora", {}).get("rank", 0)
+    positions, rows = model.config.positions, []
+    for stage, data in STAGES.items():
+        samples = math.ceil(data.batch_size / accumulate)
+        found = stage_memory(model, data, samples * (positions + TEXT), samples * positions, rank)
+        parts = (found.weights, found.training, found.activations, found.total)
+        rows.append((stage, samples, f"{found.learning / 1e6:,.0f} M", *(f"{part / GIB:.1f}" for part in parts)))
+    header = ("stage", "samples at once", "learning", "weights", "gradients, AdamW", "activations", "GiB in all")
+    return f"training by recipe {SHAPES[name].recipe} on one device without sharding, GiB\n" + table(header, rows)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _parameters(model: nn.Module) -> str:

@@ -210,9 +210,10 @@ def read_in_order(
 ) -> Iterator[Batch]:
     """Up to `images` pictures in the source's order, each once; with `labelled` only those that have a label.
 
+    Of a longer source every second, third, ... picture is taken, so that a folder of classes gives some of each.
     Files that cannot be read are left out and named in `skipped`. Raises UserError where no picture is left.
     """
-    indices = itertools.count() if source.endless else range(len(source))
+    indices = itertools.count() if source.endless else range(0, len(source), max(1, len(source) // images))
     total = images if source.endless else min(images, len(source))
     held: list[Sample] = []
     taken = 0

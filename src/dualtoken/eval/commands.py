@@ -1,29 +1,40 @@
 """`dualtoken eval reconstruction | zero-shot | retrieval`."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
 
 from dualtoken.core.errors import UserError
-from dualtoken.data.images import Batch, DataConfig, Source, open_source, read_in_order
+from dualtoken.core.images import to_float
+from dualtoken.data.captions import CaptionedImages
+from dualtoken.data.images import Batch, DataConfig, open_source, read_in_order
 from dualtoken.data.scenes import scene
+from dualtoken.eval.prompts import class_names, prompt_templates
 from dualtoken.eval.reconstruction import evaluate_reconstruction
 from dualtoken.eval.report import table, write_json
 from dualtoken.eval.scene_factors import FACTORS, SceneFactors
-from dualtoken.eval.zero_shot import (
-    accuracy,
-    class_vectors,
-    embed_all,
-    embed_texts,
-    quantized_embed,
-)
+from dualtoken.eval.zero_shot import accuracy, class_vectors, embed_texts, quantized_embed
 from dualtoken.eval.zero_shot import retrieval as retrieval_at_1
-from dualtoken.tokenizer.encoder import ImageTextEncoder, load_text_tokenizer
-from dualtoken.tokenizer.presets import BUNDLED, encoder_directory, open_encoder, open_tokenizer
+from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
+from dualtoken.tokenizer.encoder import ImageTextEncoder, TextTokenizer
+from dualtoken.tokenizer.initial import load_backbone
+from dualtoken.tokenizer.presets import BUNDLED, open_tokenizer
+from dualtoken.tokenizer.pretrained import open_image_text
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 from dualtoken.training.perceptual import LPIPS
+
+
+@dataclass
+class _Seen:
+    """Pictures that were looked at, one after the other; the pictures themselves are let go of."""
+
+    vectors: dict[str, Tensor]  # unit vectors [M, C] from the semantic codes and from the continuous teacher
+    labels: list[int] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -32,19 +43,37 @@ class _Opened:
 
     tokenizer: DualTokenVisionTokenizer
     teacher: ImageTextEncoder
-    texts: PreTrainedTokenizerFast
-    source: Source
+    texts: TextTokenizer
 
-    def embed(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
-        """Unit vectors [M, C] of all pictures, from the semantic codes and from the continuous teacher."""
+    @torch.no_grad()
+    def look(self, batches: Iterable[Batch]) -> _Seen:
+        """Embed all pictures in both ways."""
         embeds = {"codes": quantized_embed(self.tokenizer), "teacher": self.teacher.embed_image}
-        return {who: embed_all(e, self.teacher.device, (b.images for b in batches)) for who, e in embeds.items()}
+        parts: dict[str, list[Tensor]] = {who: [] for who in embeds}
+        seen = _Seen({})
+        for batch in batches:
+            images = to_float(batch.images.to(self.teacher.device))
+            for who, embed in embeds.items():
+                parts[who].append(embed(images).cpu())
+            seen.labels += batch.labels.tolist()
+            seen.captions += batch.captions
+            seen.names += batch.names
+        seen.vectors = {who: torch.cat(found) for who, found in parts.items()}
+        return seen
 
 
-def _open(model: str, encoder: str | None, data: str) -> _Opened:
-    tokenizer, teacher = open_tokenizer(model).to(_device()), _teacher(model, encoder, needed=True)
-    texts = load_text_tokenizer(encoder_directory(encoder or model))
-    return _Opened(tokenizer, teacher, texts, open_source(DataConfig(data), tokenizer.image_size, "test", "--data"))
+def _open(model: str, encoder: str | None) -> _Opened:
+    tokenizer = open_tokenizer(model).to(_device())
+    pair = open_image_text(_encoder(model, encoder))
+    opened = _Opened(tokenizer, pair.encoder.to(_device()), pair.tokenizer)
+    width = opened.teacher.backbone.pooled_width
+    if tokenizer.image_size != opened.teacher.backbone.image_size or tokenizer.backbone.pooled_width != width:
+        raise UserError(
+            f"--encoder {encoder} takes {opened.teacher.backbone.image_size} px and gives features of width {width}, "
+            f"--model {model} {tokenizer.image_size} px and {tokenizer.backbone.pooled_width}: give the encoder that "
+            "the tokenizer started from"
+        )
+    return opened
 
 
 def reconstruction(
@@ -64,20 +93,20 @@ def reconstruction(
         model: directory of a tokenizer, or a preset.
         data: "scenes" (unseen ones), a folder of pictures, or webdataset shards.
         images: how many, at most.
-        encoder: the teacher, for the Frechet distance in its features; a preset brings its own.
+        encoder: the teacher, for the Frechet distance in its features, as in zero-shot; a preset brings its own.
         lpips_net: "vgg" or "alex".
         lpips_weights: torchvision's file of that network; without it no LPIPS.
         inception_weights: torch-fidelity's Inception file; without it no FID.
         output: JSON file to write.
     """
     tokenizer = open_tokenizer(model).to(_device())
-    teacher = _teacher(model, encoder)
+    encoder = encoder or (model if model in BUNDLED else None)
     source = open_source(DataConfig(data), tokenizer.image_size, "test", "--data")
     skipped: list[str] = []
     result = evaluate_reconstruction(
         tokenizer,
         (b.images for b in read_in_order(source, images, batch_size, skipped)),
-        teacher.backbone if teacher is not None else None,
+        _backbone(encoder) if encoder else None,
         LPIPS(lpips_net, lpips_weights).to(_device()) if lpips_weights else None,
         inception_weights,
     )
@@ -92,6 +121,8 @@ def zero_shot(
     model: str = "mini",
     encoder: str | None = None,
     data: str = "scenes",
+    classes: str | None = None,
+    templates: str | None = None,
     images: int = 500,
     batch_size: int = 50,
     output: str | None = None,
@@ -100,31 +131,36 @@ def zero_shot(
 
     Args:
         model: directory of a tokenizer, or a preset.
-        encoder: directory of its image-text encoder; a preset brings its own.
+        encoder: the image-text encoder that the tokenizer started from; a preset brings its own. A directory
+            (train-encoder's, a Hugging Face SigLIP or CLIP model, or open_clip's), NAME=FILE (an open_clip
+            architecture and its weights), or hf-hub:ORG/NAME, which alone is fetched.
         data: "scenes" (unseen ones of one object: every factor, color and shape jointly), or a folder with a subfolder
             a class.
-        images: how many, at most.
+        classes: names for the folders: "imagenet" (folders named by WordNet id or number), or a file with a name a line
+            in the folders' order; without it a folder's own name.
+        templates: "openai" (80 prompts, as published zero-shot numbers use), "simple" (7), a text with {}, or a file of
+            such; without it "a {}".
+        images: how many, at most, spread over all classes; ImageNet's validation set has 50000.
         output: JSON file to write.
     """
-    opened = _open(model, encoder, data)
-    teacher, texts, source = opened.teacher, opened.texts, opened.source
+    opened = _open(model, encoder)
+    source = open_source(DataConfig(data), opened.tokenizer.image_size, "test", "--data")
     if not source.classes:
         raise UserError(f"--data {data}: no class folders in it; zero-shot needs a folder a class")
+    names, prompts = class_names(classes, source.classes), prompt_templates(templates)
     skipped: list[str] = []
-    batches = list(read_in_order(source, images, batch_size, skipped, labelled=True))
-    labels = torch.cat([b.labels for b in batches])
-    names = [name.replace("_", " ") for name in source.classes]
-    classes = class_vectors(teacher, texts, names)
-    vectors = opened.embed(batches)
+    seen = opened.look(read_in_order(source, images, batch_size, skipped, labelled=True))
+    labels, vectors = torch.tensor(seen.labels), seen.vectors
+    of_classes = class_vectors(opened.teacher, opened.texts, names, prompts)
     overall = "jointly" if data == "scenes" else "accuracy"  # color and shape of a scene
-    found = {overall: {who: accuracy(v, classes, labels) for who, v in vectors.items()}}
+    found = {overall: {who: accuracy(v, of_classes, labels) for who, v in vectors.items()}}
     if data == "scenes":
-        truths = [scene(int(name.rsplit("-", 1)[1]), "test") for b in batches for name in b.names]
-        factors = SceneFactors(teacher, texts)
+        truths = [scene(int(name.rsplit("-", 1)[1]), "test") for name in seen.names]
+        factors = SceneFactors(opened.teacher, opened.texts)
         by_factor = {who: factors.accuracy(v, truths) for who, v in vectors.items()}
         found |= {name: {who: by_factor[who][name] for who in vectors} for name in FACTORS}
     rows = [(name, v["codes"], v["teacher"]) for name, v in found.items()]
-    print(f"zero-shot accuracy, {len(labels)} pictures, {len(names)} classes")
+    print(f"zero-shot accuracy, {len(labels)} pictures, {len(names)} classes, {len(prompts)} prompts a class")
     print(table(("factor", "semantic codes", "continuous teacher"), rows))
     result = {"model": model, "data": data, "images": len(labels), "classes": len(names), **found, "skipped": skipped}
     write_json(output, result)
@@ -135,6 +171,8 @@ def retrieval(
     model: str = "mini",
     encoder: str | None = None,
     data: str = "scenes",
+    captions: str | None = None,
+    split_file: str | None = None,
     images: int = 500,
     batch_size: int = 50,
     output: str | None = None,
@@ -143,41 +181,55 @@ def retrieval(
 
     Args:
         model: directory of a tokenizer, or a preset.
-        encoder: directory of its image-text encoder; a preset brings its own.
+        encoder: the image-text encoder that the tokenizer started from; a preset brings its own. A directory
+            (train-encoder's, a Hugging Face SigLIP or CLIP model, or open_clip's), NAME=FILE (an open_clip
+            architecture and its weights), or hf-hub:ORG/NAME, which alone is fetched.
         data: "scenes" (unseen ones), a folder with captions in .txt files, or shards with captions.
+        captions: caption file of the pictures in folder `data`, several captions a picture: Flickr8k's captions.txt or
+            Flickr8k.token.txt.
+        split_file: names of the pictures to use, one a line, as Flickr_8k.testImages.txt (1000 of them).
         images: how many, at most.
         output: JSON file to write.
     """
-    opened = _open(model, encoder, data)
-    teacher, texts, source = opened.teacher, opened.texts, opened.source
-    skipped: list[str] = []
-    batches = list(read_in_order(source, images, batch_size, skipped))
-    captions = [caption for b in batches for caption in b.captions]
-    if not any(captions):
-        raise UserError(f"--data {data}: no captions; put NAME.txt beside each picture NAME.jpg")
-    written = torch.cat([embed_texts(teacher, texts, b.captions) for b in batches])
-    vectors = opened.embed(batches)
-    both = {who: retrieval_at_1(v, written, captions) for who, v in vectors.items()}
+    opened = _open(model, encoder)
+    if split_file is not None and captions is None:
+        raise UserError(f"--split_file {split_file}: it chooses among the pictures of a --captions file; give that too")
+    size, skipped = opened.tokenizer.image_size, []
+    if captions is None:
+        source = open_source(DataConfig(data), size, "test", "--data")
+    else:
+        source = CaptionedImages(data, captions, size, split_file)
+    seen = opened.look(read_in_order(source, images, batch_size, skipped))
+    if not any(seen.captions):
+        raise UserError(f"--data {data}: no captions; put NAME.txt beside each picture NAME.jpg, or give --captions")
+    written = [[c] for c in seen.captions] if captions is None else [source.captions[name] for name in seen.names]
+    texts = embed_texts(opened.teacher, opened.texts, [text for of_one in written for text in of_one])
+    both = {who: retrieval_at_1(v, texts, written) for who, v in seen.vectors.items()}
     found = {
         name: {who: value[i] for who, value in both.items()}
         for i, name in enumerate(("text_to_image", "image_to_text"))
     }
-    print(f"retrieval R@1 among {len(captions)} pairs")
+    print(f"retrieval R@1 among {len(written)} pictures and {len(texts)} captions")
     print(table(("direction", "semantic codes", "continuous teacher"), [(n, *v.values()) for n, v in found.items()]))
-    result = {"model": model, "data": data, "images": len(captions), **found, "skipped": skipped}
+    result = {"model": model, "data": data, "images": len(written), "captions": len(texts), **found}
+    result["skipped"] = skipped
     write_json(output, result)
     return result
 
 
-def _teacher(model: str, encoder: str | None, needed: bool = False) -> ImageTextEncoder | None:
-    """The image-text encoder that is named, or that comes with a preset; else None, or an error where `needed`."""
-    if encoder is None and model in BUNDLED:
-        encoder = model
-    if encoder is None and needed:
-        raise UserError(
-            f"--encoder is needed with --model {model}: the directory of the image-text encoder it started from"
-        )
-    return None if encoder is None else open_encoder(encoder).to(_device())
+def _encoder(model: str, encoder: str | None) -> str:
+    """The image-text encoder that is named, or that comes with a preset. Raises UserError without either."""
+    if encoder is None and model not in BUNDLED:
+        raise UserError(f"--encoder is needed with --model {model}: the image-text encoder it started from")
+    return encoder or model
+
+
+def _backbone(encoder: str) -> Backbone:
+    """The image tower of an encoder, in evaluation mode."""
+    shape, state = load_backbone(encoder, BackboneConfig(""))
+    backbone = Backbone(shape)
+    backbone.load_state_dict(state)
+    return backbone.eval().to(_device())
 
 
 def _device() -> str:

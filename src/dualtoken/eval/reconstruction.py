@@ -21,7 +21,7 @@ from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 
 @dataclass
 class ReconstructionResult:
-    """Means over all pictures. Usage: share of a codebook's rows met at least once."""
+    """Means over all pictures. Usage: share of the rows of a vocabulary's codebook, or codebooks, met at least once."""
 
     images: int
     psnr: float  # dB, mean of the pictures' values
@@ -38,7 +38,7 @@ class _TeacherFeatures(nn.Module):
 
     def __init__(self, teacher: Backbone):
         super().__init__()
-        self.teacher, self.num_features = teacher, teacher.width
+        self.teacher, self.num_features = teacher, teacher.pooled_width
 
     def forward(self, images: Tensor) -> Tensor:
         return self.teacher(to_float(images))
@@ -77,12 +77,17 @@ def evaluate_reconstruction(
         distances["teacher_frechet"] = FrechetInceptionDistance(_TeacherFeatures(teacher.to(device).eval())).to(device)
     if inception is not None:
         distances["fid"] = _fid(inception).to(device)
-    used = {"pixel": set(), "semantic": set()}
+    used, offsets, sizes = {"pixel": set(), "semantic": set()}, {}, {}
+    for name in used:
+        book = getattr(tokenizer, name).quantizer
+        books = 1 if book.shared else book.config.depth
+        offsets[name] = book.config.codebook_size * (torch.arange(book.config.depth, device=device) % books)
+        sizes[name] = book.config.codebook_size * books
     perceptual, count = 0.0, 0
     for pixels in batches:
         codes = tokenizer.encode(to_float(pixels.to(device)))
         for name in used:
-            used[name].update(getattr(codes, name).unique().tolist())
+            used[name].update((getattr(codes, name) + offsets[name]).unique().tolist())
         found, wanted = to_bytes(tokenizer.decode(codes)), pixels.to(device)
         psnr.update(found / 255.0, wanted / 255.0)
         ssim.update(found / 255.0, wanted / 255.0)
@@ -93,7 +98,6 @@ def evaluate_reconstruction(
             perceptual += float(lpips(to_float(found), to_float(wanted))) * len(found)
         count += len(found)
     values = {name: float(d.compute()) if count > 1 else float("nan") for name, d in distances.items()}
-    sizes = {n: getattr(tokenizer, n).quantizer.config.codebook_size for n in used}
     return ReconstructionResult(
         images=count,
         psnr=float(psnr.compute()),

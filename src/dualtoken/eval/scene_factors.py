@@ -9,12 +9,11 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from dualtoken.data.scene_text import captions
 from dualtoken.data.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, TEXTURES, Scene, SceneObject
 from dualtoken.eval.zero_shot import class_vectors, factor_accuracy
-from dualtoken.tokenizer.encoder import ImageTextEncoder
+from dualtoken.tokenizer.encoder import ImageTextEncoder, TextTokenizer
 
 FACTORS = {"color": tuple(COLORS), "shape": SHAPES, "size": SIZES, "texture": TEXTURES, "background": BACKGROUNDS}
 
@@ -28,7 +27,7 @@ def factors(scene: Scene) -> tuple[str, ...]:
 class SceneFactors:
     """Descriptions of all combinations, embedded once."""
 
-    def __init__(self, encoder: ImageTextEncoder, text_tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, encoder: ImageTextEncoder, text_tokenizer: TextTokenizer):
         self.combinations = list(product(*FACTORS.values()))
         texts = [self._describe(*values) for values in self.combinations]
         self.vectors = class_vectors(encoder, text_tokenizer, texts, ("{}",))  # [L, C]

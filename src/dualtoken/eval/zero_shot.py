@@ -5,20 +5,17 @@ Every number stands beside that of the continuous, unquantised teacher on the sa
 Shapes: B batch, C width, L classes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
 
-from dualtoken.core.images import to_float
-from dualtoken.tokenizer.encoder import ImageTextEncoder, tokenize
+from dualtoken.eval.prompts import TEMPLATES, Template
+from dualtoken.tokenizer.encoder import ImageTextEncoder, TextTokenizer, tokenize
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 
 Embed = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> unit vectors [B, C]
-
-TEMPLATES = ("a {}",)
 
 
 def quantized_embed(tokenizer: DualTokenVisionTokenizer) -> Embed:
@@ -32,13 +29,7 @@ def quantized_embed(tokenizer: DualTokenVisionTokenizer) -> Embed:
 
 
 @torch.no_grad()
-def embed_all(embed: Embed, device: torch.device, batches: Iterable[Tensor]) -> Tensor:
-    """Unit vectors of uint8 batches [B, 3, S, S], joined to [M, C], on the CPU."""
-    return torch.cat([embed(to_float(pixels.to(device))).cpu() for pixels in batches])
-
-
-@torch.no_grad()
-def embed_texts(encoder: ImageTextEncoder, text_tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+def embed_texts(encoder: ImageTextEncoder, text_tokenizer: TextTokenizer, texts: list[str]) -> Tensor:
     """Unit vectors of texts, [len(texts), C], on the CPU."""
     parts = [texts[first : first + 256] for first in range(0, len(texts), 256)]
     return torch.cat([encoder.embed_text(tokenize(text_tokenizer, p).to(encoder.device)).cpu() for p in parts])
@@ -46,12 +37,13 @@ def embed_texts(encoder: ImageTextEncoder, text_tokenizer: PreTrainedTokenizerFa
 
 def class_vectors(
     encoder: ImageTextEncoder,
-    text_tokenizer: PreTrainedTokenizerFast,
+    text_tokenizer: TextTokenizer,
     names: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[Template] = TEMPLATES,
 ) -> Tensor:
-    """Unit vectors [L, C] of class names, averaged over prompt templates with a place "{}"."""
-    vectors = [embed_texts(encoder, text_tokenizer, [t.format(n) for n in names]) for t in templates]
+    """Unit vectors [L, C] of class names, averaged over prompt templates."""
+    filled = [[t(n) if callable(t) else t.format(n) for n in names] for t in templates]
+    vectors = [embed_texts(encoder, text_tokenizer, texts) for texts in filled]
     return F.normalize(torch.stack(vectors).mean(0), dim=-1)
 
 
@@ -70,14 +62,18 @@ def factor_accuracy(images: Tensor, classes: Tensor, labels: Tensor, groups: Seq
     return float((by_value.argmax(1) == labels).float().mean())
 
 
-def retrieval(images: Tensor, texts: Tensor, captions: Sequence[str]) -> tuple[float, float]:
-    """R@1 of text to image and of image to text; unit vectors [M, C], pair i belongs together.
+def retrieval(images: Tensor, texts: Tensor, captions: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """R@1 of text to image and of image to text.
 
-    A picture whose caption is equal to the wanted one counts as right.
+    Args: unit vectors of images [M, C] and of all their texts [T, C], image by image; captions: those texts by image.
+
+    A text is right if its image is nearest, an image if any of its texts is. Where several images have equal captions,
+    each of these images and texts is right for the others.
     """
-    numbers = {text: i for i, text in enumerate(dict.fromkeys(captions))}
-    same = torch.tensor([numbers[text] for text in captions])
+    numbers: dict[tuple[str, ...], int] = {}
+    of_image = torch.tensor([numbers.setdefault(tuple(of_one), len(numbers)) for of_one in captions])
+    of_text = of_image.repeat_interleave(torch.tensor([len(of_one) for of_one in captions]))
     scores = texts @ images.t()
-    text_to_image = (same[scores.argmax(1)] == same).float().mean()
-    image_to_text = (same[scores.argmax(0)] == same).float().mean()
+    text_to_image = (of_image[scores.argmax(1)] == of_text).float().mean()
+    image_to_text = (of_text[scores.argmax(0)] == of_image).float().mean()
     return float(text_to_image), float(image_to_text)

@@ -58,6 +58,7 @@ class DualTokenConfig(PreTrainedConfig):
         input: which features of a picture the LLM sees (Table 4).
         output: which codes it draws; "pixel" has no semantic head's loss and sees none in what it draws (Table 5b).
         text_weight, pixel_weight, semantic_weight: of the parts of the loss.
+        depth_weights: of the D terms of eq. 7, for both heads; None = all 1, as in the paper.
         draw: how it draws unless told otherwise, a DrawConfig as a dict.
         tokenizer_path: where the vision tokenizer is, seen from the model's directory; None = inside.
     """
@@ -78,6 +79,7 @@ class DualTokenConfig(PreTrainedConfig):
         text_weight: float = 1.0,
         pixel_weight: float = 1.0,
         semantic_weight: float = 1.0,
+        depth_weights: list[float] | None = None,
         draw: dict | None = None,
         vision_start_id: int | None = None,
         image_id: int | None = None,
@@ -103,6 +105,10 @@ class DualTokenConfig(PreTrainedConfig):
                 raise UserError(f"{name}={value!r} must be one of {', '.join(allowed)}")
         self.input, self.output = input, output
         self.text_weight, self.pixel_weight, self.semantic_weight = text_weight, pixel_weight, semantic_weight
+        depth = max(self.pixel_head["depth"], self.semantic_head["depth"])
+        if depth_weights is not None and len(depth_weights) != depth:
+            raise UserError(f"depth_weights {depth_weights}: give one for each of the {depth} depths")
+        self.depth_weights = depth_weights
         self.draw = draw or asdict(DrawConfig())
         self.vision_start_id, self.image_id, self.vision_end_id = vision_start_id, image_id, vision_end_id
         self.draw_start_id, self.draw_end_id = draw_start_id, draw_end_id
@@ -121,6 +127,13 @@ class DualTokenOutput(ModelOutput):
     semantic: Tensor | None = None  # [D], likewise
     logits: Tensor | None = None  # [B, T, vocabulary], without labels only
     past_key_values: Any = None
+
+    def parts(self) -> dict[str, Tensor]:
+        """Parts of the loss as numbers: nats a text token, and a code (mean over depths, and at the first)."""
+        codes = {name: getattr(self, name) for name in ("pixel", "semantic")}
+        return (
+            {"text": self.text} | {n: c.mean() for n, c in codes.items()} | {f"{n}_1": c[0] for n, c in codes.items()}
+        )
 
 
 @dataclass
@@ -314,7 +327,7 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         spoken = (ahead >= 0).nonzero()[:, 0]
         logits = self.llm.get_output_embeddings()(flat[spoken])
         text = F.cross_entropy(logits.float(), ahead[spoken], reduction="sum")
-        pixel = semantic = hidden.new_zeros(config.pixel_head["depth"])
+        pixel, semantic = (hidden.new_zeros(head["depth"]) for head in (config.pixel_head, config.semantic_head))
         places = self.places(input_ids, codes)
         positions = known = 0
         if len(places):
@@ -335,7 +348,10 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         counts = counts or Counts(len(spoken), positions, known)
         text, pixel = text / max(counts.text, 1), pixel / max(counts.drawn, 1)
         semantic = semantic / max(counts.semantic, 1)
-        loss = config.text_weight * text + config.pixel_weight * pixel.sum() + config.semantic_weight * semantic.sum()
+        loss = config.text_weight * text
+        for weight, by_depth in ((config.pixel_weight, pixel), (config.semantic_weight, semantic)):
+            depths = by_depth.new_tensor(config.depth_weights or [1.0] * len(by_depth))[: len(by_depth)]
+            loss = loss + weight * (depths @ by_depth)
         return DualTokenOutput(loss=loss, text=text.detach(), pixel=pixel.detach(), semantic=semantic.detach())
 
     @torch.no_grad()

@@ -57,6 +57,7 @@ class ModelConfig:
         head: sizes of both heads; their codebooks come from the vision tokenizer.
         input, output: ablations of Tables 4 and 5b.
         text_weight, pixel_weight, semantic_weight: of the parts of the loss.
+        depth_weights: of the D terms of eq. 7; default: all 1.
         draw: how the model draws unless told otherwise.
     """
 
@@ -67,11 +68,12 @@ class ModelConfig:
     text_weight: float = 1.0
     pixel_weight: float = 1.0
     semantic_weight: float = 1.0
+    depth_weights: list[float] | None = None
     draw: DrawConfig = field(default_factory=DrawConfig)
 
     def switches(self) -> dict[str, Any]:
         """Fields of the model's config that no weight depends on: they may change from stage to stage."""
-        names = ("input", "output", "text_weight", "pixel_weight", "semantic_weight")
+        names = ("input", "output", "text_weight", "pixel_weight", "semantic_weight", "depth_weights")
         return {name: getattr(self, name) for name in names} | {"draw": asdict(self.draw)}
 
 
@@ -188,8 +190,9 @@ def model_config(
     """
     heads = {}
     for name in ("pixel", "semantic"):
-        book = getattr(vision, name).quantizer.config
-        heads[f"{name}_head"] = asdict(model.head) | {"codebook_size": book.codebook_size, "depth": book.depth}
+        quantizer = getattr(vision, name).quantizer
+        sizes = {"codebook_size": quantizer.config.codebook_size, "depth": quantizer.config.depth}
+        heads[f"{name}_head"] = asdict(model.head) | sizes | {"shared_embedding": quantizer.shared}
     return DualTokenConfig(
         vision_config=vision.config,
         text_config=text_config,

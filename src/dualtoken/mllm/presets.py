@@ -1,7 +1,8 @@
-"""Multimodal models by name: the bundled miniature, and the paper's sizes."""
+"""Multimodal models by name: the bundled miniature, the paper's sizes, and sizes for one GPU."""
 
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen2Config
@@ -11,33 +12,48 @@ from dualtoken.core.pretrained import check_directory
 from dualtoken.mllm.model import DualTokenConfig, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, model_config
 from dualtoken.mllm.processor import DualTokenProcessor
-from dualtoken.tokenizer.branch import BranchConfig
-from dualtoken.tokenizer.presets import BUNDLED
-from dualtoken.tokenizer.quantizer import QuantizerConfig
-from dualtoken.tokenizer.tokenizer import DualTokenVisionConfig, DualTokenVisionTokenizer
+from dualtoken.mllm.visual_head import VisualHeadConfig
+from dualtoken.tokenizer.presets import BUNDLED, meta_tokenizer
 
-# The LLMs of the paper as published (Qwen2.5-3B and -7B); their weights are not needed to count parameters.
 QWEN = {"vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1e6, "eos_token_id": 151645}
-PAPER_LLMS = {
-    "paper-3b": QWEN | {
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A multimodal model by its sizes: the LLM as published, the vision tokenizer's shape by name, the heads."""
+
+    llm: dict[str, Any]
+    tokenizer: str
+    recipe: str  # that trains it
+    head: VisualHeadConfig = field(default_factory=VisualHeadConfig)
+
+    def build(self) -> DualTokenForConditionalGeneration:
+        """The model on the meta device: shapes without values."""
+        tokenizer = meta_tokenizer(self.tokenizer)
+        with torch.device("meta"):
+            config = model_config(tokenizer, Qwen2Config(**self.llm), ModelConfig(head=self.head), {})
+            return DualTokenForConditionalGeneration(config, vision_tokenizer=tokenizer)
+
+
+SMALL_HEAD = VisualHeadConfig(width=1024, embed_dim=512)
+SHAPES = {  # the paper's, and two for one GPU; weights are not needed to count parameters
+    "paper-3b": Shape(QWEN | {
         "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
         "num_key_value_heads": 2, "tie_word_embeddings": True,
-    },
-    "paper-7b": QWEN | {
+    }, "siglip-l-256", "qwen2.5-3b"),
+    "paper-7b": Shape(QWEN | {
         "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
-    },
+    }, "siglip-l-256", "qwen2.5-7b"),
+    "gpu-0.5b": Shape(QWEN | {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "tie_word_embeddings": True,
+    }, "siglip2-b-256", "qwen2.5-0.5b", SMALL_HEAD),
+    "gpu-1.5b": Shape(QWEN | {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "tie_word_embeddings": True,
+    }, "siglip2-b-256", "qwen2.5-1.5b", SMALL_HEAD),
 }  # fmt: skip
-
-
-def paper_model(name: str) -> DualTokenForConditionalGeneration:
-    """A model of the paper at 256 px (SigLIP-L/16, D = 4) on the meta device: shapes without values."""
-    branch = asdict(BranchConfig(QuantizerConfig(codebook_size=16384, code_dim=32, depth=4)))
-    vision = DualTokenVisionConfig({"name": "vit_large_patch16_siglip_256"}, branch, branch)
-    with torch.device("meta"):
-        tokenizer = DualTokenVisionTokenizer(vision)
-        config = model_config(tokenizer, Qwen2Config(**PAPER_LLMS[name]), ModelConfig(), {})
-        return DualTokenForConditionalGeneration(config, vision_tokenizer=tokenizer)
 
 
 def mllm_directory(model: str, option: str = "--model") -> Path:

@@ -22,7 +22,13 @@ from dualtoken.tokenizer.branch import AttentionCache, GatedMLP
 class VisualHeadConfig:
     """Sizes of a head; the defaults give the paper's 258 M at D = 4 and K = 16384 (docs/decisions.md).
 
-    Args: width: of the depth transformer; embed_dim: of the code embeddings ("VQEmbedding", 16 M in appendix D).
+    Args:
+        width: of the depth transformer.
+        embed_dim: of the code embeddings ("VQEmbedding", 16 M in appendix D).
+        gated: a gated MLP in each block; else two layers of four times the width around an exact GELU, as VILA-U's.
+        shared_embedding: one table of code embeddings for all depths, right where they share a codebook.
+        shared_classifier: one for all depths, as VILA-U's.
+        linear_projector: one layer in place of two in the generation projector, as VILA-U's.
     """
 
     codebook_size: int = 16384
@@ -31,6 +37,10 @@ class VisualHeadConfig:
     layers: int = 3
     heads: int = 16
     embed_dim: int = 1024
+    gated: bool = True
+    shared_embedding: bool = True
+    shared_classifier: bool = False
+    linear_projector: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -38,15 +48,15 @@ class VisualHeadConfig:
 
 
 class DepthBlock(nn.Module):
-    """Causal self-attention over depths and a gated MLP, both with the norm before."""
+    """Causal self-attention over depths and an MLP, both with the norm before."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, gated: bool):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = GatedMLP(width)
+        self.mlp = GatedMLP(width) if gated else plain_mlp(width)
 
     def forward(self, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
         """x [M, D, W] -> the same, all depths at once; with a cache x [M, 1, W] is the next depth."""
@@ -55,9 +65,19 @@ class DepthBlock(nn.Module):
             cache.keys = k if cache.keys is None else torch.cat([cache.keys, k], 2)
             cache.values = v if cache.values is None else torch.cat([cache.values, v], 2)
             k, v = cache.keys, cache.values
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        scores = (
+            q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        )  # a few depths: three times a fused kernel's speed on CPU
+        if cache is None:
+            scores = scores + torch.full_like(scores[0, 0], -torch.inf).triu(1)
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         return x + self.mlp(x)
+
+
+def plain_mlp(width: int) -> nn.Sequential:
+    """LayerNorm, then two layers around an exact GELU."""
+    layers = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+    return nn.Sequential(nn.LayerNorm(width, eps=1e-6), *layers)
 
 
 @dataclass
@@ -75,37 +95,49 @@ class VisualHead(nn.Module):
     def __init__(self, hidden: int, config: VisualHeadConfig):
         super().__init__()
         self.config = config
-        self.projector = two_layers(hidden, config.width, config.width)
-        self.embedding = nn.Embedding(config.codebook_size, config.embed_dim)
+        linear = config.linear_projector
+        self.projector = nn.Linear(hidden, config.width) if linear else two_layers(hidden, config.width, config.width)
+        tables = 1 if config.shared_embedding else config.depth
+        self.embedding = nn.Embedding(tables * config.codebook_size, config.embed_dim)
         self.embed_in = nn.Linear(config.embed_dim, config.width)
         self.positions = nn.Parameter(torch.zeros(config.depth, config.width))
-        self.blocks = nn.ModuleList(DepthBlock(config.width, config.heads) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(DepthBlock(config.width, config.heads, config.gated) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        shared = config.shared_classifier
         self.classifiers = nn.ModuleList(
-            nn.Linear(config.width, config.codebook_size, bias=False) for _ in range(config.depth)
+            nn.Linear(config.width, config.codebook_size, bias=shared) for _ in range(1 if shared else config.depth)
         )
         nn.init.normal_(self.embedding.weight, std=config.embed_dim**-0.5)
         nn.init.normal_(self.positions, std=0.02)
 
     def features(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced states of all depths: hidden [M, H], codes [M, D] -> [M, D, W], before the classifiers."""
-        before = self.embedding(codes[:, :-1]).cumsum(1)  # eq. 5
+        depths = torch.arange(codes.shape[1] - 1, device=codes.device)
+        before = self.embed(codes[:, :-1], depths).cumsum(1)  # eq. 5
         x = torch.cat([self.projector(hidden)[:, None], self.embed_in(before)], 1) + self.positions
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
+    def embed(self, codes: Tensor, depth: int | Tensor) -> Tensor:
+        """Embeddings [..., E] of codes [...] at depths counted from 0."""
+        return self.embedding(codes if self.config.shared_embedding else codes + depth * self.config.codebook_size)
+
     def forward(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Logits [M, D, K] of codes [M, D] given hidden [M, H] and the codes before each depth."""
         x = self.features(hidden, codes)
-        return torch.stack([classify(x[:, d]) for d, classify in enumerate(self.classifiers)], 1)
+        return torch.stack([self.classify(x[:, d], d) for d in range(self.config.depth)], 1)
+
+    def classify(self, x: Tensor, depth: int) -> Tensor:
+        """States [M, W] of a depth, counted from 0 -> logits [M, K]."""
+        return self.classifiers[0 if self.config.shared_classifier else depth](x)
 
     def loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Cross-entropy by depth [D] (eq. 7), summed over the M positions; one depth's logits at a time."""
         x = self.features(hidden, codes)
         return torch.stack([
-            F.cross_entropy(classify(x[:, d]).float(), codes[:, d], reduction="sum")
-            for d, classify in enumerate(self.classifiers)
+            F.cross_entropy(self.classify(x[:, d], d).float(), codes[:, d], reduction="sum")
+            for d in range(self.config.depth)
         ])  # fmt: skip
 
     def start(self) -> DepthState:
@@ -117,11 +149,11 @@ class VisualHead(nn.Module):
         if state.depth == 0:
             x = self.projector(given)
         else:
-            chosen = self.embedding(given)
+            chosen = self.embed(given, state.depth - 1)
             state.embeds = chosen if state.embeds is None else state.embeds + chosen
             x = self.embed_in(state.embeds)
         x = (x + self.positions[state.depth])[:, None]
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x = block(x, cache)
         state.depth += 1
-        return self.classifiers[state.depth - 1](self.norm(x[:, 0]))
+        return self.classify(self.norm(x[:, 0]), state.depth - 1)

@@ -16,6 +16,7 @@ import torch
 from timm.layers import HybridEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import normalize
 
 from dualtoken.core.errors import UserError
 
@@ -25,12 +26,15 @@ class BackboneConfig:
     """A timm model by name, keyword overrides for other sizes, and where its features are taken.
 
     Args:
-        name: any timm vision transformer, e.g. "vit_so400m_patch16_siglip_256".
+        name: any timm vision transformer, e.g. "vit_so400m_patch16_siglip_256"; empty where an encoder brings its own.
         overrides: keywords of the timm model, e.g. {"embed_dim": 128, "depth": 8, "num_heads": 4}.
         stem: widths of a stem of 3x3 convolutions in place of the patch projection, last one = embed_dim. One that
             changes the width halves the side, one that keeps it does not: (32, 32, 64, 128, 128) is of patch 8.
             Empty: the model's own patch embedding.
         pixel_layer, semantic_layer: the taps; None = first quarter and penultimate.
+        projection: width of a linear projection of the pooled feature into the space of a text tower (CLIP, DFN,
+            EVA-02, ViTamin); 0 = none (SigLIP).
+        mean, std: of the color channels as the pretrained weights want them, for values in [0, 1]; None = 0.5, our own.
     """
 
     name: str = "vit_so400m_patch16_siglip_256"
@@ -38,6 +42,9 @@ class BackboneConfig:
     stem: tuple[int, ...] = ()
     pixel_layer: int | None = None
     semantic_layer: int | None = None
+    projection: int = 0
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
 
 
 class Backbone(nn.Module):
@@ -55,7 +62,7 @@ class Backbone(nn.Module):
         if config.stem:
             overrides["embed_layer"] = partial(_stem_embed, widths=tuple(config.stem))
             overrides["patch_size"] = 2 ** _stem_strides(config.stem).count(2)
-        self.vit = timm.create_model(config.name, pretrained=False, num_classes=0, **overrides)
+        self.vit = timm.create_model(config.name, pretrained=False, num_classes=config.projection, **overrides)
         if not all(hasattr(self.vit, part) for part in ("patch_embed", "_pos_embed", "blocks", "norm")):
             raise UserError(f"backbone {config.name!r} is not a vision transformer with blocks; choose a ViT")
         self.layers = len(self.vit.blocks)
@@ -67,13 +74,19 @@ class Backbone(nn.Module):
                     f"{option}={getattr(self, option)} is outside the {self.layers} blocks of {config.name}"
                 )
         self.width: int = self.vit.embed_dim
+        self.pooled_width: int = config.projection or self.width
         self.prefix: int = self.vit.num_prefix_tokens  # class and register tokens before the N positions
         self.grid: int = self.vit.patch_embed.grid_size[0]
         self.image_size: int = self.vit.patch_embed.img_size[0]
+        if (config.mean is None) != (config.std is None):
+            raise UserError(f"mean={config.mean} and std={config.std}: give both or none")
+        # The same shift and scale for our images, which are 2 x - 1 of values x in [0, 1]
+        self._mean = [2 * v - 1 for v in config.mean or ()]
+        self._std = [2 * v for v in config.std or ()]
         self._rotary = type(self.vit).__name__ == "Eva"  # Eva's position embedding also gives the blocks a rope
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images [B, 3, H, W] -> layer 0 [B, prefix + N, C], and the rope of Eva models (else None)."""
+        """Images [B, 3, H, W] in [-1, 1] -> layer 0 [B, prefix + N, C], and the rope of Eva models (else None)."""
         side = tuple(images.shape[-2:])
         if side != (self.image_size, self.image_size):
             raise UserError(
@@ -81,7 +94,7 @@ class Backbone(nn.Module):
                 "resize them with the model's image processor"
             )
         vit = self.vit
-        embedded = vit._pos_embed(vit.patch_embed(images))
+        embedded = vit._pos_embed(vit.patch_embed(self._normalize(images)))
         x, rope = embedded if self._rotary else (embedded, None)
         if not self._rotary:  # Eva's position embedding drops patches itself
             x = vit.patch_drop(x)
@@ -104,14 +117,18 @@ class Backbone(nn.Module):
         return found
 
     def pool(self, x: Tensor, layer: int) -> Tensor:
-        """Enter after `layer` with [B, prefix + N, C]: remaining blocks, final norm, pooling head -> [B, C]."""
+        """Enter after `layer` with [B, prefix + N, C]: remaining blocks, norm, pooling head, projection -> [B, C]."""
         rope = self.vit.rope.get_embed() if self._rotary and self.vit.rope is not None else None
         x = self.vit.norm(self.run(x, layer, self.layers, rope))
         return self.vit.forward_head(x)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> pooled features [B, C], the plain pass of the timm model."""
-        return self.vit(images)
+        """Images [B, 3, H, W] in [-1, 1] -> pooled features [B, C], the plain pass of the timm model."""
+        return self.vit(self._normalize(images))
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] as the weights want them; the one place where mean and std are applied."""
+        return normalize(images, self._mean, self._std) if self._mean else images
 
 
 def _stem_strides(widths: tuple[int, ...]) -> tuple[int, ...]:
@@ -167,20 +184,16 @@ def _stem_embed(
     )
 
 
-def map_siglip_keys(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Weights of transformers' SiglipVisionModel under timm's names, query, key and value joined.
+def map_transformers_keys(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Weights of transformers' SigLIP or CLIP image tower under timm's names, query, key and value joined.
 
-    Args: state: its state_dict (with or without the prefix "vision_model."); layers: number of blocks.
-    Raises UserError listing every key that was not used.
+    Args: state: the state_dict (with or without the prefix "vision_model."); layers: number of blocks.
+    Raises KeyError for a missing key, and UserError listing every key that was not used.
     """
     source = {key.removeprefix("vision_model."): value for key, value in state.items()}
+    clip = "embeddings.class_embedding" in source  # CLIP: a class token and a norm before the blocks, no pooling head
     head, mapped = "head.attention.", {}
-    table = {
-        "patch_embed.proj.weight": "embeddings.patch_embedding.weight",
-        "patch_embed.proj.bias": "embeddings.patch_embedding.bias",
-        "norm.weight": "post_layernorm.weight",
-        "norm.bias": "post_layernorm.bias",
-    }
+    table = {"patch_embed.proj.weight": "embeddings.patch_embedding.weight"}
     parts = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}
     parts |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
     head_parts = {
@@ -190,18 +203,26 @@ def map_siglip_keys(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
         "mlp.fc2": "mlp.fc2",
     }
     for kind in ("weight", "bias"):
+        table[f"norm.{kind}"] = f"post_layernorm.{kind}"
         for layer in range(layers):
             ours, theirs = f"blocks.{layer}", f"encoder.layers.{layer}"
             table |= {f"{ours}.{a}.{kind}": f"{theirs}.{b}.{kind}" for a, b in parts.items()}
             joined = [source.pop(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qkv"]
             mapped[f"{ours}.attn.qkv.{kind}"] = torch.cat(joined)
+        if clip:
+            table[f"norm_pre.{kind}"] = f"pre_layrnorm.{kind}"
+            continue
         table |= {f"attn_pool.{a}.{kind}": f"head.{b}.{kind}" for a, b in head_parts.items()}
         query, rest = source.pop(f"{head}in_proj_{kind}").tensor_split([source["head.probe"].shape[-1]])
         mapped[f"attn_pool.q.{kind}"], mapped[f"attn_pool.kv.{kind}"] = query, rest
     mapped["pos_embed"] = source.pop("embeddings.position_embedding.weight")[None]
-    mapped["attn_pool.latent"] = source.pop("head.probe")
+    if clip:
+        mapped["cls_token"] = source.pop("embeddings.class_embedding")[None, None]
+    else:
+        mapped["attn_pool.latent"] = source.pop("head.probe")
+        table["patch_embed.proj.bias"] = "embeddings.patch_embedding.bias"
     mapped |= {ours: source.pop(theirs) for ours, theirs in table.items()}
     source.pop("embeddings.position_ids", None)
     if source:
-        raise UserError(f"SigLIP weights hold keys that the backbone has no place for: {sorted(source)[:5]}")
+        raise UserError(f"the weights hold keys that the backbone has no place for: {sorted(source)[:5]}")
     return mapped

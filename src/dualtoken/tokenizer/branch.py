@@ -14,19 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualtoken.core.errors import UserError
-from dualtoken.tokenizer.quantizer import QuantizerConfig, ResidualQuantizer
+from dualtoken.tokenizer.quantizer import QuantizerConfig
+from dualtoken.tokenizer.quantizers import build_quantizer
 
 
 @dataclass
 class BranchConfig:
-    """A branch: its quantiser, and the weight of an optional second tap.
+    """A branch: its quantiser, and an optional second tap.
 
-    `shortcut_scale` > 0 adds a projected shallower layer to the latent before quantisation. The paper has no such
-    path; its repository adds layer 4 with 0.6.
+    `shortcut_scale` > 0 adds layer `shortcut_layer`, projected, to the latent before quantisation. The paper has no
+    such path; its repository adds layer 4 with 0.6.
     """
 
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     shortcut_scale: float = 0.0
+    shortcut_layer: int = 4
 
 
 @dataclass
@@ -119,10 +121,10 @@ class Branch(nn.Module):
     def __init__(self, width: int, config: BranchConfig):
         super().__init__()
         code_dim = config.quantizer.code_dim
-        self.shortcut_scale = config.shortcut_scale
+        self.shortcut_scale, self.shortcut_layer = config.shortcut_scale, config.shortcut_layer
         self.pre = AttentionProjection(width, code_dim, causal=False)
         self.shortcut = AttentionProjection(width, code_dim, causal=False) if config.shortcut_scale else None
-        self.quantizer = ResidualQuantizer(config.quantizer)
+        self.quantizer = build_quantizer(config.quantizer)
         self.post = AttentionProjection(code_dim, width, causal=True)
 
     def latent(self, features: Tensor, shortcut: Tensor | None = None) -> Tensor:

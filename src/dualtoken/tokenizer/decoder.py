@@ -35,7 +35,8 @@ class DecoderConfig:
     latent_size: int | None = None
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def normalization(channels: int) -> nn.GroupNorm:
+    """Group norm of 32 groups, of fewer where there are fewer channels."""
     groups = min(32, channels)
     if channels % groups:
         raise UserError(f"decoder width {channels} must be a multiple of {groups}: change channels or multipliers")
@@ -47,9 +48,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, first_kernel: int = 3):
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = normalization(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, first_kernel, padding=first_kernel // 2)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = normalization(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -64,7 +65,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = normalization(channels)
         self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class Decoder(nn.Module):
                 for i, out in enumerate(widths)
             )
         )
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = normalization(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     @property

@@ -1,6 +1,14 @@
-"""Models by name: the bundled miniature, and how a directory or a name is opened."""
+"""Models by name: the bundled miniature, the paper's shapes, and how a directory or a name is opened.
 
+A shape by name is a recipe of `train-tokenizer` that names a backbone: `recipes/siglip-l-256.yaml` and so on.
+"""
+
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
 
 from dualtoken.core.errors import UserError
 from dualtoken.core.pretrained import check_directory
@@ -8,6 +16,7 @@ from dualtoken.tokenizer.encoder import ImageTextConfig, ImageTextEncoder
 from dualtoken.tokenizer.tokenizer import DualTokenVisionConfig, DualTokenVisionTokenizer
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+RECIPES = Path(__file__).parents[1] / "recipes"
 BUNDLED = {"mini": CHECKPOINTS / "mini"}
 
 
@@ -37,3 +46,32 @@ def open_tokenizer(model: str, option: str = "--model") -> DualTokenVisionTokeni
 def open_encoder(model: str, option: str = "--encoder") -> ImageTextEncoder:
     """The image-text encoder of a preset or directory, in evaluation mode."""
     return ImageTextEncoder.from_pretrained(encoder_directory(model, option)).eval()
+
+
+@lru_cache
+def shapes() -> dict[str, dict[str, Any]]:
+    """Recipes that describe a tokenizer, by name."""
+    read = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(RECIPES.glob("*.yaml"))}
+    return {name: recipe for name, recipe in read.items() if {"backbone", "pixel"} <= set(recipe)}
+
+
+def shape_config(name: str) -> DualTokenVisionConfig:
+    """The tokenizer's config of a shape by name."""
+    parts = ("backbone", "pixel", "semantic", "decoder", "pixel_encoder")
+    return DualTokenVisionConfig(*(shapes()[name].get(part) for part in parts))
+
+
+def meta_tokenizer(name: str) -> DualTokenVisionTokenizer:
+    """The tokenizer of a shape by name on the meta device: shapes without values."""
+    with torch.device("meta"):
+        return DualTokenVisionTokenizer(shape_config(name))
+
+
+def fitting_shape(width: int, layers: int, positions: int, class_tokens: int = 0) -> str | None:
+    """The first shape by name whose backbone has these sizes, None if there is none."""
+    for name in shapes():
+        made, wanted = meta_tokenizer(name), (width, layers, positions, class_tokens)
+        sizes = (made.backbone.width, made.backbone.layers, made.positions, made.backbone.prefix)
+        if sizes == wanted and made.pixel_encoder is None:
+            return name
+    return None

@@ -1,10 +1,12 @@
 """Residual vector quantisation with one codebook shared by all depths (paper section 3.2; Lee et al., 2022).
 
-Each depth codes what the depths before it left over; the sum of the chosen rows approximates the input.
+Each depth codes what the depths before it left over; the sum of the chosen rows approximates the input. What every
+kind of quantiser shares stands here too: the config, the result, nearest rows, statistics (`quantizers.py` lists them).
 
 Shapes: B batch, N positions, D depth, C code width, K codebook size, M = B * N rows.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,16 +19,25 @@ from dualtoken.core.errors import UserError
 
 @dataclass
 class QuantizerConfig:
-    """Sizes and training rule of a residual quantiser.
+    """Kind, sizes and training rule of a quantiser. A kind ignores the options that are not for it.
 
     Args:
-        codebook: "ema" (rows follow the mean of what they code) or "gradient" (rows are parameters).
-        decay: of the moving averages.
-        restart_below: a row whose moving count of uses a step falls below this is replaced by a vector of the
-            batch; 0 = never.
-        chunk: rows whose distances to all K codes are held at once.
+        kind: "rvq", "mcq", "residual_lfq", "residual_fsq" or "simvq"; see `tokenizer/quantizers.py`.
+        codebook_size: K, codes to choose from at each depth. residual_lfq: a power of two; residual_fsq: the product
+            of its levels.
+        code_dim: width C of what is quantised. mcq: of all codebooks together, a multiple of depth.
+        depth: D, codes of a position: residual depths, or for mcq the number of codebooks.
+        codebook: rvq: "ema" (rows follow the mean of what they code) or "gradient" (rows are parameters).
+        decay: rvq with "ema": of the moving averages.
+        restart_below: rvq with "ema": a row whose moving count of uses a step falls below this is replaced by a
+            vector of the batch; 0 = never.
+        chunk: rvq, mcq, simvq: rows whose distances to all K codes are held at once.
+        levels: residual_fsq: values of each of its numbers; default: found between 3 and 8, large ones first.
+        entropy_weight: mcq, residual_lfq: of `entropy_loss`, which is added to the codebook loss; 0 = none.
+        entropy_temperature: mcq, residual_lfq: of the softmax in it.
     """
 
+    kind: str = "rvq"
     codebook_size: int = 16384
     code_dim: int = 32
     depth: int = 4
@@ -34,6 +45,9 @@ class QuantizerConfig:
     decay: float = 0.99
     restart_below: float = 0.05
     chunk: int = 256
+    levels: list[int] | None = None
+    entropy_weight: float = 0.0
+    entropy_temperature: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("codebook_size", "code_dim", "depth", "chunk"):
@@ -43,6 +57,8 @@ class QuantizerConfig:
             raise UserError(f"quantizer.codebook={self.codebook!r} must be 'ema' or 'gradient'")
         if not 0 < self.decay < 1:
             raise UserError(f"quantizer.decay={self.decay} must lie between 0 and 1")
+        if self.entropy_weight < 0 or self.entropy_temperature <= 0:
+            raise UserError("quantizer.entropy_weight must be at least 0 and quantizer.entropy_temperature above 0")
 
 
 @dataclass
@@ -52,7 +68,7 @@ class Quantized:
     quantized: Tensor  # [B, N, C], value of lookup(codes), gradient passed straight through to the input
     codes: Tensor  # int64 [B, N, D]
     commitment: Tensor  # scalar, eq. 1: mean over depths of mean((x - sg[sum of the first d rows])^2)
-    codebook_loss: Tensor  # scalar, the same with the gradient on the rows; 0 for an EMA codebook
+    codebook_loss: Tensor  # scalar, the same with the gradient on the rows, and entropy; 0 for an EMA codebook
     usage: Tensor  # [D], share of the K codes that the batch used at each depth, over all processes
     perplexity: Tensor  # [D], exp of the entropy of the codes at each depth, over all processes
 
@@ -69,7 +85,37 @@ def nearest_codes(x: Tensor, weight: Tensor, chunk: int) -> Tensor:
     return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.int64)
 
 
-class _StraightThrough(torch.autograd.Function):
+def entropy_loss(x: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """Scalar, low where each x [M, C] is sure of one of rows [K, C] and the M together use all of them alike.
+
+    Mean entropy of softmax(-|x - row|^2 / temperature), less the entropy of its mean over this process's M.
+    """
+    logits = -(x.square().sum(1, keepdim=True) - 2 * x @ rows.t() + rows.square().sum(1)) / temperature
+    log = logits.log_softmax(1)
+    mean = log.logsumexp(0) - math.log(len(x))  # logarithms throughout: a row of no probability gives no 0 * inf
+    return (mean.exp() * mean).sum() - (log.exp() * log).sum(1).mean()
+
+
+def check_codes(codes: Tensor, config: QuantizerConfig) -> None:
+    """Raise UserError where codes [..., D'] have more depths than D or reach outside the codebook."""
+    depths, size = codes.shape[-1], config.codebook_size
+    if depths > config.depth:
+        raise UserError(f"codes have {depths} depths, this tokenizer has {config.depth}: wrong model?")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        raise UserError(f"codes reach {int(codes.max())}, this codebook has {size} rows: wrong model?")
+
+
+@torch.no_grad()
+def usage_and_perplexity(codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Share of the codes used and exp of the entropy, both [D], of codes [B, N, D] over all processes."""
+    depths = codes.shape[-1]
+    offset = codes + size * torch.arange(depths, device=codes.device)
+    counts = all_reduce_sum(torch.bincount(offset.flatten(), minlength=size * depths)).view(depths, size)
+    share = counts / counts.sum(1, keepdim=True)
+    return (counts > 0).float().mean(1), torch.special.entr(share).sum(1).exp()
+
+
+class StraightThrough(torch.autograd.Function):
     """Value of the second argument, gradient to the first; unlike x + (q - x).detach() it does not round."""
 
     @staticmethod
@@ -140,6 +186,8 @@ class ResidualQuantizer(nn.Module):
     `lookup(encode(x))` equals the quantised x bit for bit, and the codes of the first d depths do not depend on D.
     """
 
+    shared = True  # one codebook for all depths
+
     def __init__(self, config: QuantizerConfig):
         super().__init__()
         self.config = config
@@ -158,29 +206,26 @@ class ResidualQuantizer(nn.Module):
             codebook_loss = x.new_zeros(())
             if self.config.codebook == "gradient":
                 codebook_loss = torch.stack([(x.detach() - total).square().mean() for total in sums]).mean()
-            quantized = _StraightThrough.apply(x, sums[-1].detach())
+            quantized = StraightThrough.apply(x, sums[-1].detach())
             if self.training and self.config.codebook == "ema":
                 self.codebook.update(residuals.flatten(1, 2), codes.flatten(0, 1).t())
-            usage, perplexity = self._statistics(codes)
-            return Quantized(quantized.to(dtype), codes, commitment, codebook_loss, usage, perplexity)
+            statistics = usage_and_perplexity(codes, self.config.codebook_size)
+            return Quantized(quantized.to(dtype), codes, commitment, codebook_loss, *statistics)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Codes int64 [B, N, D] of x [B, N, C]."""
-        return self._search(x.float())[1]
+        with torch.autocast(x.device.type, enabled=False):
+            return self._search(x.float())[1]
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Sum of the rows of codes [..., D'] -> [..., C], for any D' up to D.
 
         Raises UserError for more depths than D or a code outside the codebook.
         """
-        depths, size = codes.shape[-1], self.config.codebook_size
-        if depths > self.config.depth:
-            raise UserError(f"codes have {depths} depths, this tokenizer has {self.config.depth}: wrong model?")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise UserError(f"codes reach {int(codes.max())}, this codebook has {size} rows: wrong model?")
+        check_codes(codes, self.config)
         total = self.codebook.weight.new_zeros(*codes.shape[:-1], self.config.code_dim)
-        for depth in range(depths):
+        for depth in range(codes.shape[-1]):
             total = total + self.codebook.weight[codes[..., depth]]
         return total
 
@@ -194,12 +239,3 @@ class ResidualQuantizer(nn.Module):
             codes.append(chosen)
             residual = residual - weight[chosen]
         return torch.stack(residuals), torch.stack(codes, -1)
-
-    @torch.no_grad()
-    def _statistics(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Usage and perplexity per depth, both [D], of codes [B, N, D]."""
-        size, depths = self.config.codebook_size, codes.shape[-1]
-        offset = codes + size * torch.arange(depths, device=codes.device)
-        counts = all_reduce_sum(torch.bincount(offset.flatten(), minlength=size * depths)).view(depths, size)
-        share = counts / counts.sum(1, keepdim=True)
-        return (counts > 0).float().mean(1), torch.special.entr(share).sum(1).exp()

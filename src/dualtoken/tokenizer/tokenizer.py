@@ -19,13 +19,16 @@ from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
 from dualtoken.tokenizer.branch import Branch, BranchConfig, BranchOutput
 from dualtoken.tokenizer.decoder import Decoder, DecoderConfig
 from dualtoken.tokenizer.image_processor import DualTokenImageProcessor
+from dualtoken.tokenizer.pixel_encoder import PixelEncoder, PixelEncoderConfig
 from dualtoken.tokenizer.quantizer import QuantizerConfig
-
-SHORTCUT_LAYER = 4  # of the paper's repository; the paper itself has none
 
 
 class DualTokenVisionConfig(PreTrainedConfig):
-    """Everything needed to build the tokenizer: the dataclasses of its parts, as dicts."""
+    """Everything needed to build the tokenizer: the dataclasses of its parts, as dicts.
+
+    Args: pixel_encoder: None = pixel features are a layer of the backbone; else the convolutional encoder of their
+        own in the dual-encoder baseline (appendix F.4).
+    """
 
     model_type = "dualtoken-tokenizer"
 
@@ -35,12 +38,14 @@ class DualTokenVisionConfig(PreTrainedConfig):
         pixel: dict | None = None,
         semantic: dict | None = None,
         decoder: dict | None = None,
+        pixel_encoder: dict | None = None,
         **kwargs,
     ):
         self.backbone = backbone or asdict(BackboneConfig())
         self.pixel = pixel or asdict(BranchConfig())
         self.semantic = semantic or asdict(BranchConfig())
         self.decoder = decoder or asdict(DecoderConfig())
+        self.pixel_encoder = pixel_encoder
         super().__init__(**kwargs)
 
 
@@ -74,6 +79,10 @@ class DualTokenVisionTokenizer(StrictModel):
         self.pixel = Branch(self.backbone.width, _branch(config.pixel))
         self.semantic = Branch(self.backbone.width, _branch(config.semantic))
         self.decoder = Decoder(self.backbone.width, self.backbone.grid, DecoderConfig(**config.decoder))
+        self.pixel_encoder = None
+        if config.pixel_encoder is not None:
+            sizes = self.backbone.image_size, self.backbone.grid, self.backbone.width
+            self.pixel_encoder = PixelEncoder(*sizes, PixelEncoderConfig(**config.pixel_encoder))
         self.post_init()
 
     @property
@@ -105,7 +114,7 @@ class DualTokenVisionTokenizer(StrictModel):
 
     def drop_tower(self) -> None:
         """Keep what `features` needs and let go of the rest: training on stored codes needs no vision tower."""
-        self.backbone = self.decoder = None
+        self.backbone = self.decoder = self.pixel_encoder = None
         for branch in (self.pixel, self.semantic):
             branch.pre = branch.shortcut = None
 
@@ -119,13 +128,16 @@ class DualTokenVisionTokenizer(StrictModel):
     def _taps(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Features for the pixel branch, for its shortcut (or None), and for the semantic branch, in one pass."""
         prefix = self.backbone.prefix
-        wanted = {"pixel": self.backbone.pixel_layer, "semantic": self.backbone.semantic_layer}
+        wanted = {"semantic": self.backbone.semantic_layer}
+        if self.pixel_encoder is None:
+            wanted["pixel"] = self.backbone.pixel_layer
         if self.pixel.shortcut is not None:
-            wanted["shortcut"] = SHORTCUT_LAYER
+            wanted["shortcut"] = self.pixel.shortcut_layer
         layers = tuple(sorted(set(wanted.values())))
         found = dict(zip(layers, self.backbone.taps(images, layers), strict=True))
-        shortcut = found[SHORTCUT_LAYER][:, prefix:] if "shortcut" in wanted else None
-        return found[wanted["pixel"]][:, prefix:], shortcut, found[wanted["semantic"]]
+        shortcut = found[wanted["shortcut"]][:, prefix:] if "shortcut" in wanted else None
+        pixel = found[wanted["pixel"]][:, prefix:] if "pixel" in wanted else self.pixel_encoder(images)
+        return pixel, shortcut, found[wanted["semantic"]]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
 from dualtoken.tokenizer.branch import BranchConfig
 from dualtoken.tokenizer.decoder import DecoderConfig
 from dualtoken.tokenizer.initial import load_backbone
+from dualtoken.tokenizer.pixel_encoder import PixelEncoderConfig
 from dualtoken.tokenizer.tokenizer import (
     DualTokenImageProcessor,
     DualTokenVisionConfig,
@@ -34,7 +35,7 @@ from dualtoken.training.loop import Loop, LoopConfig, OptimConfig, seed_step
 from dualtoken.training.losses import LossConfig, discriminator_loss, generator_losses
 from dualtoken.training.perceptual import build_perceptual
 
-PARTS = ("backbone", "pixel", "semantic", "decoder")
+PARTS = ("backbone", "pixel", "semantic", "decoder", "pixel_encoder")
 
 
 @dataclass
@@ -60,10 +61,11 @@ def train_tokenizer(
     seed: int = 0,
     data: DataConfig = DataConfig(),
     evaluation: EvalConfig = EvalConfig(),
-    backbone: BackboneConfig = BackboneConfig(),
+    backbone: BackboneConfig = BackboneConfig(""),
     pixel: BranchConfig = BranchConfig(),
     semantic: BranchConfig = BranchConfig(),
     decoder: DecoderConfig = DecoderConfig(),
+    pixel_encoder: PixelEncoderConfig | None = None,
     losses: LossConfig = LossConfig(),
     discriminator: DiscriminatorConfig = DiscriminatorConfig(),
     phases: list[Phase] = [Phase(2000, ("pixel", "semantic", "decoder")), Phase(98000)],  # noqa: B006 (read only)
@@ -76,10 +78,14 @@ def train_tokenizer(
 
     Args:
         output: folder of the run; the tokenizer is written to OUTPUT/model.
-        encoder: the pretrained image tower: a directory from train-encoder, a SigLIP model of transformers, a preset;
-            without one the backbone starts at random and meaning cannot be kept.
+        encoder: the pretrained image tower, which brings its own shape: a preset, a directory (train-encoder's, a
+            Hugging Face SigLIP or CLIP model, or open_clip's), NAME=FILE (an open_clip architecture and its weights),
+            or hf-hub:ORG/NAME, which alone is fetched; without one the backbone starts at random and meaning cannot
+            be kept.
         resume: auto = go on where the folder's run stopped; never = refuse a folder that holds a run.
         seed: of weights, order of data and everything random.
+        pixel_encoder: sizes of a convolutional encoder for the pixel vocabulary, in place of a layer of the backbone:
+            the dual-encoder baseline of appendix F.4, there with a frozen backbone (recipe dual-encoder).
         phases: what learns for how long, one after the other.
         ema: decay of a moving average of the weights, which is then evaluated and written; 0 = none.
         dtype: of the weights in OUTPUT/model.
@@ -89,11 +95,11 @@ def train_tokenizer(
         unknown = [p for p in phase.trains if p.split(".")[0] not in PARTS]
         if unknown or not phase.trains:
             raise UserError(f"--phases: trains {unknown or '[]'}; the parts are {', '.join(PARTS)}")
+    start = load_backbone(encoder, backbone)  # what is wrong with it is said before any work
     steps = sum(phase.steps for phase in phases)
     run = Loop(output, steps, seed, resume, loop, settings)
     seed_step(seed, 2**32, 0)
-    start = load_backbone(encoder, backbone)
-    tokenizer = build_tokenizer(start, pixel, semantic, decoder).to(run.device)
+    tokenizer = build_tokenizer(start, pixel, semantic, decoder, pixel_encoder).to(run.device)
     teacher = copy.deepcopy(tokenizer.backbone).eval().requires_grad_(False)
     judge = Discriminator(discriminator).to(run.device) if losses.adversarial > 0 else None
     average = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema > 0 else None
@@ -175,12 +181,14 @@ def build_tokenizer(
     pixel: BranchConfig,
     semantic: BranchConfig,
     decoder: DecoderConfig,
+    pixel_encoder: PixelEncoderConfig | None = None,
 ) -> DualTokenVisionTokenizer:
     """A tokenizer whose backbone has the given shape and, unless None, the given weights.
 
     Raises UserError where the decoder's image is not of the backbone's size.
     """
-    config = DualTokenVisionConfig(asdict(start[0]), asdict(pixel), asdict(semantic), asdict(decoder))
+    own = None if pixel_encoder is None else asdict(pixel_encoder)
+    config = DualTokenVisionConfig(asdict(start[0]), asdict(pixel), asdict(semantic), asdict(decoder), own)
     tokenizer = DualTokenVisionTokenizer(config)
     if tokenizer.decoder.image_size != tokenizer.image_size:
         raise UserError(
@@ -195,10 +203,11 @@ def build_tokenizer(
 def set_trained(tokenizer: DualTokenVisionTokenizer, trains: tuple[str, ...]) -> None:
     """Let the parameters whose names begin with one of `trains` learn; other EMA codebooks stand still."""
     tokenizer.train()
+    begins = tuple(f"{part}." for part in trains)
     for name, parameter in tokenizer.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(trains)))
+        parameter.requires_grad_(f"{name}.".startswith(begins))
     for name in ("pixel", "semantic"):
-        if not f"{name}.quantizer.codebook".startswith(tuple(trains)):
+        if not f"{name}.quantizer.codebook.".startswith(begins):
             getattr(tokenizer, name).eval()
 
 
