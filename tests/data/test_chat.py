@@ -6,8 +6,20 @@ from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message, Picture, StoredCodes, by_name
 from dualtoken.data.collate import IGNORE
-from dualtoken.data.scene_chat import TASKS, SceneChatConfig, SceneChats, narrate, story, story_prompt
-from dualtoken.data.scene_text import NUMBERS, captions, questions
+from dualtoken.data.scene_chat import (
+    RELATION,
+    SIMPLE,
+    TASKS,
+    TURNS,
+    SceneChatConfig,
+    SceneChats,
+    in_order,
+    located,
+    narrate,
+    story,
+    story_prompt,
+)
+from dualtoken.data.scene_text import NUMBERS, captions, position, questions
 from dualtoken.data.scenes import scene
 from dualtoken.mllm.parts import SmallLLMConfig, train_chat_tokenizer
 from dualtoken.mllm.processor import DualTokenProcessor
@@ -38,7 +50,7 @@ FORMS = {
         k[0] == ("user", "pt") and set(k[2::2]) <= {("user", "t")} and set(k[1::2]) == {("assistant", "t")}
     ),
     "text_to_image": lambda k: k == [("user", "t"), ("assistant", "p")],
-    "edit": lambda k: k == [("user", "pt"), ("assistant", "p")],
+    "edit": lambda k: k == [("user", "tp"), ("assistant", "p")],
     "story": lambda k: k[0] == ("user", "t") and k[1:] in ([("assistant", "tptp")], [("assistant", "tptptp")]),
     "text": lambda k: set(k[::2]) == {("user", "t")} and set(k[1::2]) == {("assistant", "t")},
 }
@@ -49,7 +61,7 @@ def test_samples_have_the_form_of_their_task(chats, task):
     names = set()
     for index in range(MANY):
         sample = chats.sample(task, index)
-        assert FORMS[task](kinds(sample)) and sample.task == task and 2 <= len(sample.messages) <= 6
+        assert FORMS[task](kinds(sample)) and sample.task == task and 2 <= len(sample.messages) <= 2 * TURNS
         assert len(sample.messages) % 2 == 0 and all(part for m in sample.messages for part in texts(m))
         assert sample.draws == (task in ("text_to_image", "edit", "story"))
         names.add(sample.name)
@@ -80,9 +92,12 @@ def test_what_is_said_is_true_of_the_picture(chats):
     rng = np.random.default_rng(0)
     for index in range(MANY):
         sample = chats.sample("caption", index)
-        assert texts(sample.messages[1])[0] in captions(sample.pictures[0].drawing)
+        shown = sample.pictures[0].drawing
+        assert texts(sample.messages[1])[0] in [*captions(in_order(shown)), located(shown)]
         sample = chats.sample("text_to_image", index)
-        assert texts(sample.messages[0])[0].removeprefix("draw ") in captions(sample.pictures[0].drawing)
+        shown = sample.pictures[0].drawing
+        asked = texts(sample.messages[0])[0].removeprefix("draw ")
+        assert asked in [*captions(in_order(shown)), *captions(shown)[RELATION:], located(shown)]
         sample = chats.sample("vqa", index)
         shown = sample.pictures[0].drawing
         possible = {(q.question, q.answer) for _ in range(3) for q in questions(shown, rng)}
@@ -97,6 +112,26 @@ def test_what_is_said_is_true_of_the_picture(chats):
                 assert answer == NUMBERS[count]
             elif not question.startswith("is the "):  # which way round a relation is asked for is drawn
                 assert (question, answer) in possible
+
+
+def test_most_drawings_to_learn_from_are_of_few_objects():
+    chats = SceneChats(SceneChatConfig(400, 1))
+    drawn = [chats.sample("text_to_image", index).pictures[0].drawing for index in range(400)]
+    few = sum(len(shown.objects) <= 2 for shown in drawn) / len(drawn)
+    of_all = sum(len(scene(number).objects) <= 2 for number in range(400)) / 400
+    assert few > SIMPLE + 0.8 * (1 - SIMPLE) * of_all > of_all
+
+
+def test_objects_are_named_from_top_to_bottom_with_their_places():
+    for number in range(50):
+        shown = scene(number)
+        ordered = in_order(shown)
+        assert sorted(ordered.objects, key=lambda t: t.y) == list(ordered.objects)
+        assert set(ordered.objects) == set(shown.objects) and ordered.background == shown.background
+        said = located(shown)
+        places = [said.index(f"a {t.size} {t.name} at the {position(t)}") for t in ordered.objects]
+        assert places == sorted(places) and said.endswith(f"on a {shown.background} background")
+        assert located(ordered) == said
 
 
 def test_edits_and_stories_follow_the_chain_of_their_scene(chats):

@@ -215,6 +215,8 @@ def write(tmp_path, loaded, settings=None):
                         **{f"quantizer_sem.codebooks.{d}.weight": torch.zeros(33, 8) for d in range(4)}},
          "is [32, 8], its JSON describes [64, 8]"),
         (lambda s: s | {"x": "text"}, "other than tensors"),
+        (lambda s: {k: v for k, v in s.items() if ".codebooks.3." not in k}, "has 3 codebooks in quantizer_pix"),
+        (lambda s: s | {f"quantizer_pix.codebooks.{d}.weight": torch.ones(65, 8) for d in range(4)}, "a row of zeros"),
     ],
 )  # fmt: skip
 def test_a_key_too_many_too_few_or_of_another_shape_is_named(tmp_path, checkpoint, change, words, capsys):
@@ -230,6 +232,14 @@ def test_nothing_but_tensors_is_read(tmp_path, capsys):
     assert main(write(tmp_path, {"weights": 1})) == 2 and "no state_dict" in capsys.readouterr().err
     assert main(write(tmp_path, {"state_dict": {}}, "{}")) == 2 and "not the JSON" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "none.pt")]) == 2
+
+
+def test_a_description_without_a_part_names_it(tmp_path, capsys):
+    settings = json.loads((FIXTURE / "config.json").read_text())
+    del settings["rqvaesiglip"]["decoder_latent_shape"]
+    arguments = write(tmp_path, {"state_dict": stored_state()}, json.dumps(settings))
+    assert main(arguments) == 2
+    assert "JSON has no 'decoder_latent_shape'" in capsys.readouterr().err
 
 
 def test_weights_of_a_published_size_name_the_preset_that_fits(checkpoint):

@@ -91,6 +91,8 @@ def _tokenizer(name: Path | str, model: DualTokenVisionTokenizer) -> None:
         rows.append((name, f"layer {layer}, {sizes}: {bits} bits an image"))
     stored = 2 * sum(model.positions * getattr(model, n).quantizer.config.depth for n in ("pixel", "semantic"))
     rows.append(("an image", f"{math.ceil(total / 8)} bytes of information, {stored} bytes on disk (16 bits a code)"))
+    held = (16 * _count(model) + 4 * _count(backbone)) / GIB  # float32 weights, gradients, two moments; the teacher
+    rows.append(("training", f"{held:.1f} GiB of weights, gradients, AdamW's moments and teacher, activations on top"))
     print("\n" + table(("part", "what"), rows))
 
 

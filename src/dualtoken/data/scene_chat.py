@@ -4,22 +4,25 @@ Sample `index` of a task is a function of (split, seed, task, index). Pictures c
 their codes can be stored once; a scene's story is the scene, an edit of it, and an edit of that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message, Picture
-from dualtoken.data.scene_text import NUMBERS, Edit, caption, captions, edits, questions
+from dualtoken.data.scene_text import NUMBERS, Edit, caption, captions, edits, position, questions
 from dualtoken.data.scenes import SPLITS, Scene, scene
 
 TASKS = ("caption", "vqa", "text_to_image", "edit", "story", "text")
 LINKS = 2  # edits in a story
 DESCRIBE, DETAIL = "describe the picture", "describe the picture in detail"
+WHERE = "say what is where in the picture"
 RELATION = 4  # of the captions of several objects, the one that says how the first two lie to each other
 RELATED = 0.5  # share of the drawings of two objects that are asked for with their relation
-TURNS = 3  # questions about one picture at most
+LOCATED = 0.4  # share of the other drawings that are asked for with all places
+SIMPLE = 0.6  # share of the drawings to learn from that are of one or two objects for sure
+TURNS = 4  # questions about one picture at most
 FROM_TEXT = ("attribute", "count", "exists")  # question types that a full caption answers
 
 
@@ -61,9 +64,20 @@ def narrate(edit: Edit) -> str:
     return "then " + rest.replace(" at the ", " comes to the ")
 
 
+def in_order(drawn: Scene) -> Scene:
+    """The scene with its objects from top to bottom, the order in which chats name them and pictures are drawn."""
+    return replace(drawn, objects=tuple(sorted(drawn.objects, key=lambda thing: thing.y)))
+
+
 def names(drawn: Scene) -> str:
     """What is in a scene, without detail: "a red star and a blue ring"."""
-    return " and ".join(f"a {thing.name}" for thing in drawn.objects)
+    return " and ".join(f"a {thing.name}" for thing in in_order(drawn).objects)
+
+
+def located(drawn: Scene) -> str:
+    """What is where: "a small red star at the top left and a large blue ring at the bottom on a sky background"."""
+    things = (f"a {thing.size} {thing.name} at the {position(thing)}" for thing in in_order(drawn).objects)
+    return f"{' and '.join(things)} on a {drawn.background} background"
 
 
 def story_prompt(begin: Scene, pictures: int) -> str:
@@ -103,7 +117,10 @@ class SceneChats:
         rng = np.random.default_rng((SPLITS[self.split], self.config.seed, TASKS.index(task), index, 3))
         pool = self.config.stories if task in ("edit", "story") else self.config.scenes
         number = int(rng.integers(pool)) if self.split == "train" else index % pool
-        while task in ("edit", "story") and not self._story_of(number):
+        simple = task == "text_to_image" and self.split == "train" and rng.random() < SIMPLE
+        while (task in ("edit", "story") and not self._story_of(number)) or (
+            simple and len(self._scene(number).objects) > 2
+        ):
             number = (number + 1) % pool
         messages = getattr(self, f"_{task}")(number, rng)
         return ChatSample(messages, task, f"{task}-{self.split}-{self.config.seed}-{index}")
@@ -115,10 +132,9 @@ class SceneChats:
         return scene(number, self.split, self.config.seed)
 
     def _caption(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
-        drawn = self._scene(number)
-        detailed = rng.random() < 0.5
-        said = captions(drawn)[0] if detailed else caption(drawn, rng)
-        asked = DETAIL if detailed else DESCRIBE
+        drawn = in_order(self._scene(number))
+        asked = (DESCRIBE, DETAIL, WHERE)[int(rng.integers(3))]
+        said = {DESCRIBE: caption(drawn, rng), DETAIL: captions(drawn)[0], WHERE: located(drawn)}[asked]
         return Message("user", (self.picture(number), asked)), Message("assistant", (said,))
 
     def _vqa(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
@@ -131,8 +147,10 @@ class SceneChats:
 
     def _text_to_image(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
         drawn = self._scene(number)
-        related = len(drawn.objects) == 2 and rng.random() < RELATED
-        asked = captions(drawn)[RELATION] if related else caption(drawn, rng)
+        if len(drawn.objects) == 2 and rng.random() < RELATED:
+            asked = captions(drawn)[RELATION]
+        else:
+            asked = located(drawn) if rng.random() < LOCATED else caption(in_order(drawn), rng)
         prompt = f"draw {asked}" if rng.random() < 0.5 else asked
         return Message("user", (prompt,)), Message("assistant", (self.picture(number),))
 
@@ -141,7 +159,8 @@ class SceneChats:
         link = int(rng.integers(len(chain)))
         edit = chain[link]
         shown, drawn = self.picture(number, link), self.picture(number, link + 1)
-        return Message("user", (shown, edit.instruction)), Message("assistant", (drawn,))
+        # Words first, so that each position of the drawing is always as far behind the same position of the picture.
+        return Message("user", (edit.instruction, shown)), Message("assistant", (drawn,))
 
     def _story(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
         begin, chain = self._scene(number), self._story_of(number)

@@ -67,7 +67,7 @@ class Assistant:
         """Each picture (file, bytes, array or PIL picture) changed as its instruction says, `count` times."""
         if len(pictures) != len(instructions):
             raise UserError(f"{len(pictures)} pictures and {len(instructions)} instructions: give one for each")
-        chats = [[user(picture, text)] for picture, text in zip(pictures, instructions, strict=True)]
+        chats = [[user(text, picture)] for picture, text in zip(pictures, instructions, strict=True)]  # as in training
         return self._draw(chats, count, config, seed, progress)
 
     def tell(

@@ -178,7 +178,15 @@ def convert_tokenizer(
 
     Raises UserError for keys that are missing, unknown or of another shape than the settings say.
     """
-    tokenizer = DualTokenVisionTokenizer(tokenizer_config(state, settings, tower))
+    try:
+        tokenizer = DualTokenVisionTokenizer(tokenizer_config(state, settings, tower))
+    except KeyError as error:
+        raise UserError(f"the checkpoint's JSON has no {error.args[0]!r}, as that of {WHAT} has") from None
+    for name, (_, short) in BRANCHES.items():
+        books = len([key for key in state if re.fullmatch(rf"quantizer_{short}\.codebooks\.\d+\.weight", key)])
+        depth = getattr(tokenizer, name).quantizer.config.depth
+        if books != depth:
+            raise UserError(f"the checkpoint has {books} codebooks in quantizer_{short}, its JSON describes {depth}")
     ours = {f"backbone.{name}": (f"{TOWER}vision_model", value) for name, value in tower.backbone.items()}
     ours |= dict(our_state(state, len(settings["ddconfig"]["ch_mult"])))
     wanted = tokenizer.state_dict()
@@ -283,7 +291,7 @@ def decoder_name(name: str, levels: int) -> str:
 
 
 def _branch_part(part: str, key: str) -> str:
-    """ "prequant_pix" -> "pixel.pre" and so on."""
+    """A module's name in our words: prequant_pix -> pixel.pre, and so on."""
     kind, _, of = part.partition("_")
     if part == "prequant_shortcut":
         return "pixel.shortcut"
@@ -304,7 +312,9 @@ def _codebook(state: dict[str, Tensor], part: str, rest: str, value: Tensor) -> 
             raise UserError(f"the checkpoint's {part} has different codebooks at different depths: not a shared one")
         return None
     if match[2] == "weight":
-        return "weight", value[:-1]  # the last row is padding
+        if value[-1].any():
+            raise UserError(f"the checkpoint's {part}.{rest} does not end in a row of zeros, its padding")
+        return "weight", value[:-1]
     return {"cluster_size_ema": "cluster_size", "embed_ema": "embed_sum"}[match[2]], value
 
 
