@@ -46,6 +46,19 @@ def test_reading_in_order_skips_and_names(folder, capsys):
         list(read_in_order(ImageFolder(folder, 16), 10, 3, []))
 
 
+def test_fewer_pictures_than_there_are_come_from_all_over_the_source(tmp_path):
+    for name in "abcdef":
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "a/0.png").write_text("no picture")
+    source = ImageFolder(tmp_path, 16)
+    for images, wanted in ((6, [1, 2, 3, 4, 5, 0]), (12, None)):  # what fills up for the broken one comes last
+        labels = torch.cat([b.labels for b in read_in_order(source, images, 4, [])]).tolist()
+        assert len(labels) == images and set(labels) == set(range(6))
+        assert wanted is None or labels == wanted
+
+
 def write_shard(path, names, cut=None):
     with tarfile.open(path, "w") as tar:
         for i, name in enumerate(names):

@@ -210,11 +210,15 @@ def read_in_order(
 ) -> Iterator[Batch]:
     """Up to `images` pictures in the source's order, each once; with `labelled` only those that have a label.
 
-    Of a longer source every second, third, ... picture is taken, so that a folder of classes gives some of each.
+    Of a longer source they are spread evenly, so that a folder of classes gives some of each; where one cannot be used,
+    those in between fill up.
     Files that cannot be read are left out and named in `skipped`. Raises UserError where no picture is left.
     """
-    indices = itertools.count() if source.endless else range(0, len(source), max(1, len(source) // images))
     total = images if source.endless else min(images, len(source))
+    indices: Iterator[int] = itertools.count()
+    if not source.endless:
+        spread = dict.fromkeys(i * len(source) // total for i in range(total))
+        indices = itertools.chain(spread, (i for i in range(len(source)) if i not in spread))
     held: list[Sample] = []
     taken = 0
     with tqdm(total=total, desc="pictures", disable=None) as progress:
