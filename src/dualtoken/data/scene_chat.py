@@ -11,7 +11,7 @@ import numpy as np
 
 from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message, Picture
-from dualtoken.data.scene_text import NUMBERS, Edit, caption, captions, edits, position, questions
+from dualtoken.data.scene_text import NUMBERS, Edit, caption, captions, edits, located, questions
 from dualtoken.data.scenes import SPLITS, Scene, scene
 
 TASKS = ("caption", "vqa", "text_to_image", "edit", "story", "text")
@@ -72,12 +72,6 @@ def in_order(drawn: Scene) -> Scene:
 def names(drawn: Scene) -> str:
     """What is in a scene, without detail: "a red star and a blue ring"."""
     return " and ".join(f"a {thing.name}" for thing in in_order(drawn).objects)
-
-
-def located(drawn: Scene) -> str:
-    """What is where: "a small red star at the top left and a large blue ring at the bottom on a sky background"."""
-    things = (f"a {thing.size} {thing.name} at the {position(thing)}" for thing in in_order(drawn).objects)
-    return f"{' and '.join(things)} on a {drawn.background} background"
 
 
 def story_prompt(begin: Scene, pictures: int) -> str:
@@ -150,7 +144,8 @@ class SceneChats:
         if len(drawn.objects) == 2 and rng.random() < RELATED:
             asked = captions(drawn)[RELATION]
         else:
-            asked = located(drawn) if rng.random() < LOCATED else caption(in_order(drawn), rng)
+            ordered = in_order(drawn)
+            asked = located(ordered) if rng.random() < LOCATED else caption(ordered, rng)
         prompt = f"draw {asked}" if rng.random() < 0.5 else asked
         return Message("user", (prompt,)), Message("assistant", (self.picture(number),))
 

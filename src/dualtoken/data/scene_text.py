@@ -65,6 +65,12 @@ def relation(first: SceneObject, second: SceneObject) -> str:
     return "above" if dy < 0 else "below"
 
 
+def located(scene: Scene) -> str:
+    """What is where: "a small red star at the top left and a large blue ring at the bottom on a sky background"."""
+    things = (f"a {thing.size} {thing.name} at the {position(thing)}" for thing in scene.objects)
+    return f"{' and '.join(things)} on a {scene.background} background"
+
+
 def captions(scene: Scene) -> list[str]:
     """Every kind of caption for a scene, from full detail to names only (lower case, no full stop)."""
     things, where = scene.objects, f"on a {scene.background} background"
@@ -72,7 +78,7 @@ def captions(scene: Scene) -> list[str]:
     names = " and ".join(f"a {thing.name}" for thing in things)
     said = [f"{full} {where}", f"{names} {where}", names, f"{NUMBERS[len(things)]} objects : {names}"]
     if len(things) == 1:
-        said[3] = f"a {things[0].size} {things[0].name} at the {position(things[0])} {where}"
+        said[3] = located(scene)
     else:
         first, second = things[0], things[1]
         said.append(f"a {describe(first)} {relation(first, second)} a {describe(second)} {where}")
