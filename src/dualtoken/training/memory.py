@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dualtoken.mllm.model import DualTokenForConditionalGeneration
-from dualtoken.training.stages import Stage, set_trained
+from dualtoken.training.stages import Stage, part_of
 
 ANSWERED = 0.5  # share of the tokens of a batch that are text labels, whose logits are held: a generous guess
 
@@ -43,7 +43,7 @@ def stage_memory(
     held += [part for branch in (model.vision_tokenizer.pixel, model.vision_tokenizer.semantic)
              for part in (branch.quantizer, branch.post)]  # fmt: skip
     parameters = sum(p.numel() for module in held for p in module.parameters())
-    learning = sum(p.numel() for group in set_trained(model, stage).values() for p in group)
+    learning = sum(p.numel() for name, p in model.named_parameters() if part_of(name) in stage.trains)
     if lora_rank and "llm" in stage.trains:
         adapters = lora_parameters(model.llm.base_model, lora_rank)
         learning += adapters - sum(p.numel() for p in model.llm.parameters())
