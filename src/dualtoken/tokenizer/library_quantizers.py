@@ -7,6 +7,7 @@ a depth, D times in all), and eq. 1 as for the residual quantiser.
 Shapes: B batch, N positions, D depth, C code width, K codebook size, L width that the library quantises in.
 """
 
+from abc import ABC, abstractmethod
 from types import ModuleType
 
 import torch
@@ -50,7 +51,7 @@ def find_levels(size: int, largest: int = 8) -> list[int] | None:
     return None
 
 
-class _LibraryQuantizer(nn.Module):
+class _LibraryQuantizer(nn.Module, ABC):
     """x [B, N, C] -> latent [B, N, L] -> D depths of the library's `inner` -> back to C."""
 
     shared = False
@@ -96,16 +97,17 @@ class _LibraryQuantizer(nn.Module):
         check_codes(codes, self.config)
         return self._out(self._sums(codes)[-1])
 
+    @abstractmethod
     def _build(self, library: ModuleType) -> nn.Module:
-        raise NotImplementedError
+        """The library's quantiser. Raises UserError for sizes that it cannot have."""
 
+    @abstractmethod
     def _rows(self, codes: Tensor, depth: int) -> Tensor:
         """What codes [...] of one depth (from 0) stand for, [..., L]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _losses(self, latent: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Commitment and codebook loss of latent [B, N, L] and the sums [D, B, N, L] of the first 1 to D rows."""
-        raise NotImplementedError
 
     def _latent(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, L]."""
