@@ -10,7 +10,9 @@ from transformers import SiglipConfig, SiglipModel
 from dualtoken.cli import main
 from dualtoken.core.errors import UserError
 from dualtoken.tokenizer.convert import convert_towers
+from dualtoken.tokenizer.encoder import TextConfig, tokenize, train_text_tokenizer
 from dualtoken.tokenizer.presets import open_encoder, open_tokenizer
+from dualtoken.tokenizer.pretrained import open_image_text
 from dualtoken.tokenizer.quantizer import Codebook, QuantizerConfig
 from tests.tokenizer.reference import FIXTURE, infer, nearest, random_state, settings_of, stored_state
 
@@ -102,6 +104,8 @@ def test_checkpoints_of_other_sizes_compute_the_same(tmp_path, sizes, width, pat
     state = random_state(settings, SiglipModel(SiglipConfig(**siglip)))
     (tmp_path / "siglip_init").mkdir()
     SiglipConfig(**siglip).save_pretrained(tmp_path / "siglip_init")
+    words = train_text_tokenizer(["a red star", "a blue ring"], TextConfig(length=8, vocab_size=40))
+    words.save_pretrained(tmp_path / "siglip_init")
     (tmp_path / "config.json").write_text(json.dumps(settings))
     torch.save({"epoch": 3, "name": "other", "state_dict": {f"module.{k}": v for k, v in state.items()},
                 "optimizer": {}}, tmp_path / "epoch_3.pt")  # fmt: skip
@@ -111,6 +115,8 @@ def test_checkpoints_of_other_sizes_compute_the_same(tmp_path, sizes, width, pat
     expected = infer(state, settings, siglip, images, text) | {"images": images, "text": text}
     with torch.no_grad():
         check(tokenizer, open_encoder(str(tmp_path / "ours/encoder")), expected)
+    both = open_image_text(str(tmp_path / "ours/encoder"))
+    assert torch.equal(tokenize(both.tokenizer, ["a red ring"]), tokenize(words, ["a red ring"]))
     assert tokenizer.pixel.quantizer.config.depth == sizes["pix"][2]
 
 
@@ -252,6 +258,6 @@ def test_weights_of_a_published_size_name_the_preset_that_fits(checkpoint):
         }, text_config={"num_hidden_layers": 1})).vision_model  # fmt: skip
     state = {k: v for k, v in state.items() if not k.startswith(tower)}
     state |= {tower + k: torch.empty_like(v, device="meta") for k, v in large.state_dict().items()}
-    words = r"patch_embedding.weight is .1024, 3, 16, 16., .64, 3, 8, 8. is needed; its weights would fit siglip-l-256"
+    words = r"patch_embedding.weight is .1024, 3, 16, 16. in the file, .64, 3, 8, 8. in the model; .* fit siglip-l"
     with pytest.raises(UserError, match=words):
         convert_towers(state, FIXTURE / "siglip_init")

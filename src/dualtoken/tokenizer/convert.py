@@ -22,13 +22,13 @@ from dualtoken.core.errors import UserError
 from dualtoken.core.pretrained import load_torch_file
 from dualtoken.tokenizer.branch import BranchConfig
 from dualtoken.tokenizer.decoder import DecoderConfig
-from dualtoken.tokenizer.encoder import ImageTextEncoder
+from dualtoken.tokenizer.encoder import TOKENIZER_FILES
 from dualtoken.tokenizer.image_processor import DualTokenImageProcessor
 from dualtoken.tokenizer.presets import fitting_shape
 from dualtoken.tokenizer.quantizer import QuantizerConfig
 from dualtoken.tokenizer.read_transformers import from_transformers
 from dualtoken.tokenizer.tokenizer import DualTokenVisionConfig, DualTokenVisionTokenizer
-from dualtoken.tokenizer.weights import Pretrained
+from dualtoken.tokenizer.weights import Pretrained, first_misfit
 
 WHAT = "a tokenizer checkpoint of the paper's repository"
 # Optimiser and bookkeeping of its training, and a buffer of zeros in each projection.
@@ -60,7 +60,7 @@ DECODER = {
 }
 SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16}  # of the published models, whose weights do not tell
 TOWER = "siglip_model."
-TEXT_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "merges.txt")  # beside TOKENIZER_FILES
 
 
 def convert(
@@ -89,10 +89,8 @@ def convert(
     tokenizer.save_pretrained(folder / "tokenizer")
     DualTokenImageProcessor(size=tokenizer.image_size).save_pretrained(folder / "tokenizer")
     print(f"written: {folder / 'tokenizer'}")
-    encoder = ImageTextEncoder(tower.config)
-    encoder.load_state_dict(tower.state)
-    encoder.save_pretrained(folder / "encoder")
-    for name in TEXT_TOKENIZER:
+    tower.build().save_pretrained(folder / "encoder")
+    for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS):
         if source is not None and (source / name).is_file():
             shutil.copy(source / name, folder / "encoder" / name)
     print(f"written: {folder / 'encoder'}")
@@ -132,15 +130,9 @@ def convert_towers(state: dict[str, Tensor], siglip: Path | None) -> Pretrained:
         model = SiglipModel(config)
     stored = {k.removeprefix(TOWER): v for k, v in state.items() if k.startswith(TOWER)}
     stored = {k: v for k, v in stored.items() if not k.endswith("position_ids")}
-    for key, needed in model.state_dict().items():
-        if key not in stored:
-            raise UserError(f"the checkpoint has no {TOWER}{key}{_hint(state)}")
-        if stored[key].shape != needed.shape:
-            shapes = f"{list(stored[key].shape)}, {list(needed.shape)} is needed"
-            raise UserError(f"the checkpoint's {TOWER}{key} is {shapes}{_hint(state)}")
-    unknown = sorted(set(stored) - set(model.state_dict()))
-    if unknown:
-        raise UserError(f"the checkpoint's {TOWER}{unknown[0]} has no place in its SigLIP model{_hint(state)}")
+    wrong = first_misfit(stored, model.state_dict())
+    if wrong is not None:
+        raise UserError(f"the checkpoint's {TOWER.rstrip('.')}: {wrong}{_hint(state)}")
     model.load_state_dict(stored, assign=True)
     return from_transformers(model.float(), siglip, f"CHECKPOINT {TOWER}")
 

@@ -9,6 +9,7 @@ from dualtoken.core.errors import UserError
 from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
 from dualtoken.tokenizer.presets import fitting_shape
 from dualtoken.tokenizer.pretrained import read_pretrained
+from dualtoken.tokenizer.weights import first_misfit
 
 
 def load_backbone(encoder: str | None, config: BackboneConfig) -> tuple[BackboneConfig, dict[str, Tensor] | None]:
@@ -32,11 +33,8 @@ def _check_fit(weights: dict[str, Tensor], shape: BackboneConfig, wanted: Backbo
     with torch.device("meta"):
         needed = Backbone(replace(wanted, projection=shape.projection)).state_dict()
         own = Backbone(shape)
-    for key in sorted(needed.keys() | weights.keys()):
-        sizes = [list(state[key].shape) if key in state else "absent" for state in (weights, needed)]
-        if sizes[0] != sizes[1]:
-            fits = fitting_shape(own.width, own.layers, own.grid**2, own.prefix)
-            raise UserError(
-                f"--encoder {encoder}: {key} is {sizes[0]}, --backbone.name {wanted.name} needs {sizes[1]}"
-                + (f"; --config {fits} would fit" if fits else "")
-            )
+    wrong = first_misfit(weights, needed)
+    if wrong is not None:
+        fits = fitting_shape(own.width, own.layers, own.grid**2, own.prefix)
+        hint = f"; --config {fits} would fit" if fits else ""
+        raise UserError(f"--encoder {encoder}: {wrong} (--backbone.name {wanted.name}){hint}")

@@ -46,10 +46,8 @@ def open_image_text(source: str, option: str = "--encoder") -> ImageText:
     found = read_pretrained(source, option)
     if not found.has_text:
         raise UserError(f"{option} {source}: holds an image tower alone; texts need the model with its text tower")
-    tokenizer = text_tokenizer(found.config.text, found.files)
-    encoder = ImageTextEncoder(found.config)
-    encoder.load_state_dict(found.state)
-    return ImageText(encoder.eval(), tokenizer)
+    tokenizer = text_tokenizer(found.config.text, found.files)  # quicker to fail than the model
+    return ImageText(found.build(), tokenizer)
 
 
 def read_pretrained(source: str, option: str = "--encoder") -> Pretrained:

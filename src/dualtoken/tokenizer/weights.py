@@ -32,6 +32,12 @@ class Pretrained:
         """The state of the `Backbone`."""
         return {k.removeprefix("backbone."): v for k, v in self.state.items() if k.startswith("backbone.")}
 
+    def build(self) -> ImageTextEncoder:
+        """The encoder, in evaluation mode."""
+        encoder = ImageTextEncoder(self.config)
+        encoder.load_state_dict(self.state)
+        return encoder.eval()
+
     @property
     def has_text(self) -> bool:
         """Whether there is a text tower."""
@@ -56,13 +62,20 @@ def check(found: Pretrained, who: str) -> None:
         needed = ImageTextEncoder(found.config).state_dict()
     if not found.has_text:
         needed = {k: v for k, v in needed.items() if k.startswith("backbone.")}
+    wrong = first_misfit(found.state, needed)
+    if wrong is not None:
+        raise UserError(f"{who}: {wrong}")
+
+
+def first_misfit(stored: dict[str, Tensor], needed: dict[str, Tensor]) -> str | None:
+    """What is wrong with the first weight that is missing, of another shape, or without a place; None if all fit."""
     for key, value in needed.items():
-        if key not in found.state:
-            raise UserError(f"{who}: its weights have no {key}")
-        if found.state[key].shape != value.shape:
-            raise UserError(mismatch(who, key, found.state[key].shape, value.shape))
-    for key in sorted(found.state.keys() - needed.keys()):
-        raise UserError(f"{who}: its weights hold {key}, for which the model has no place")
+        if key not in stored:
+            return f"its weights have no {key}"
+        if stored[key].shape != value.shape:
+            return f"does not fit: {key} is {list(stored[key].shape)} in the file, {list(value.shape)} in the model"
+    extra = sorted(stored.keys() - needed.keys())
+    return f"its weights hold {extra[0]}, for which the model has no place" if extra else None
 
 
 def mismatch(who: str, key: str, stored: Iterable[int], needed: Iterable[int]) -> str:
