@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -7,18 +9,27 @@ from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message, Picture, StoredCodes, by_name
 from dualtoken.data.collate import IGNORE
 from dualtoken.data.scene_chat import (
+    CROWDED,
+    DRAWN,
     RELATION,
-    SIMPLE,
     TASKS,
     TURNS,
     SceneChatConfig,
     SceneChats,
-    in_order,
     narrate,
     story,
     story_prompt,
 )
-from dualtoken.data.scene_text import NUMBERS, captions, located, position, questions
+from dualtoken.data.scene_text import (
+    NUMBERS,
+    QUESTION_TYPES,
+    answer_of,
+    captions,
+    in_order,
+    located,
+    position,
+    questions,
+)
 from dualtoken.data.scenes import scene
 from dualtoken.mllm.parts import SmallLLMConfig, train_chat_tokenizer
 from dualtoken.mllm.processor import DualTokenProcessor
@@ -102,7 +113,8 @@ def test_what_is_said_is_true_of_the_picture(chats):
         possible = {(q.question, q.answer) for _ in range(3) for q in questions(shown, rng)}
         asked = [texts(m)[0] for m in sample.messages[::2]]
         assert len(set(asked)) == len(asked)
-        for question, answer in zip(asked, (texts(m)[0] for m in sample.messages[1::2]), strict=True):
+        for question, reply in zip(asked, (texts(m)[0] for m in sample.messages[1::2]), strict=True):
+            answer = answer_of(reply)
             if question.startswith("is there a "):  # of one of many things that might be there
                 there = question[len("is there a ") : -2] in {thing.name for thing in shown.objects}
                 assert answer == ("yes" if there else "no")
@@ -116,9 +128,23 @@ def test_what_is_said_is_true_of_the_picture(chats):
 def test_most_drawings_to_learn_from_are_of_few_objects():
     chats = SceneChats(SceneChatConfig(400, 1))
     drawn = [chats.sample("text_to_image", index).pictures[0].drawing for index in range(400)]
-    few = sum(len(shown.objects) <= 2 for shown in drawn) / len(drawn)
-    of_all = sum(len(scene(number).objects) <= 2 for number in range(400)) / 400
-    assert few > SIMPLE + 0.8 * (1 - SIMPLE) * of_all > of_all
+    for count in (1, 2):
+        share = sum(len(shown.objects) == count for shown in drawn) / len(drawn)
+        of_all = sum(len(scene(number).objects) == count for number in range(400)) / 400
+        assert abs(share - DRAWN[count] - DRAWN[0] * of_all) < 0.08
+    several = [len(chats.sample("vqa", index).pictures[0].drawing.objects) > 1 for index in range(400)]
+    assert CROWDED + 0.1 < sum(several) / 400 < 0.85
+
+
+def test_types_of_questions_come_equally_often_where_there_are_several_objects():
+    chats, kinds = SceneChats(SceneChatConfig(400, 1)), Counter()
+    for index in range(400):
+        sample = chats.sample("vqa", index)
+        shown, question = sample.pictures[0].drawing, texts(sample.messages[0])[0]
+        if len({thing.name for thing in shown.objects}) == len(shown.objects) > 1:
+            possible = (q for i in range(20) for q in questions(shown, np.random.default_rng(i)))
+            kinds[next((q.type for q in possible if q.question == question), "exists")] += 1
+    assert min(kinds[kind] for kind in QUESTION_TYPES) > 0.12 * kinds.total()
 
 
 def test_objects_are_named_from_top_to_bottom_with_their_places():

@@ -8,6 +8,7 @@ from dualtoken.core.errors import UserError
 from dualtoken.data.scene_text import (
     EDIT_TYPES,
     QUESTION_TYPES,
+    answer_of,
     captions,
     edits,
     position,
@@ -86,6 +87,20 @@ def test_questions_are_answered_by_the_truth():
                 assert [t.color for t in drawn.objects if t.shape == words[4]] == [asked.answer]
             if asked.question.startswith("how many objects are there"):
                 assert asked.answer == ("no", "one", "two", "three", "four")[len(names)]
+            if asked.because:  # what is said to be seen is there, and comes before the answer
+                assert asked.reply == f"{asked.because} : {asked.answer}" and answer_of(asked.reply) == asked.answer
+                said = f" {asked.because} "
+                for name in names if asked.type in ("count", "exists") else ():
+                    assert said.count(f" a {name} ") == names.count(name)
+                for thing in drawn.objects if asked.type == "compare" else ():
+                    if f"the {thing.name} " in asked.question:
+                        assert f"the {thing.name} is {thing.size}" in asked.because
+                for thing in drawn.objects if asked.type == "position" else ():
+                    if f"the {thing.name} " in asked.question:
+                        where = f"the {thing.name} at the {position(thing)} "
+                        assert where in said.replace(" is at ", " at ")
+            else:
+                assert asked.reply == answer_of(asked.reply) == asked.answer
     assert seen == set(QUESTION_TYPES)
 
 

@@ -39,6 +39,7 @@ def test_questions_of_every_type_are_asked_and_judged():
     right = Oracle([q.answer for _, q in asked])
     found = ask_questions(right, asked, 7, "test")
     assert all(a.right for a in found)
+    assert all(a.right for a in ask_questions(Oracle([q.reply for _, q in asked]), asked, 7, "test"))
     (picture, text) = right.asked[5][0]["content"]
     assert np.array_equal(np.asarray(picture["image"]), scene(asked[5][0], "test").render(SIZE))
     assert text["text"] == asked[5][1].question

@@ -18,7 +18,7 @@ from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_float
 from dualtoken.data.mixture import MixtureBatches
-from dualtoken.data.scene_chat import SceneChatConfig, SceneChats
+from dualtoken.data.scene_chat import SceneChatConfig, SceneChats, story
 from dualtoken.mllm.model import Counts, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_llm
 from dualtoken.mllm.processor import DualTokenProcessor
@@ -394,6 +394,30 @@ def test_codes_are_made_once_and_are_those_of_the_pictures(tmp_path, pool):
     again = store_codes(tokenizer, pictures, tmp_path)
     assert sum(encoded) <= stored_codes.PROBE  # a few, to see that the codes are of this tokenizer
     assert torch.equal(again.codes.pixel, stored.codes.pixel) and again.place == stored.place
+
+
+def test_an_edited_picture_keeps_the_codes_of_what_the_edit_leaves_alone():
+    tokenizer = tiny.tokenizer()
+    chats = SceneChats(SceneChatConfig(scenes=12, stories=12))
+    chains = [[chats.picture(number, link) for link in range(3)] for number in range(12) if len(story(number)) == 2]
+    kept = 0
+    for chain in chains:
+        codes = stored_codes.encode_pictures(tokenizer, chain)
+        images = torch.stack([picture_bytes(picture, tiny.SIZE) for picture in chain])
+        with torch.no_grad():
+            alone = tokenizer.encode(to_float(images))
+        side = int(codes.pixel.shape[1] ** 0.5)
+        patch = tiny.SIZE // side
+        for link in (1, 2):
+            for place in range(side * side):
+                row, column = (place // side) * patch, (place % side) * patch
+                before, after = images[link - 1 : link + 1, :, row : row + patch, column : column + patch]
+                source = (alone, link) if (before != after).any() else (codes, link - 1)
+                for name in ("pixel", "semantic"):
+                    own = getattr(codes, name)[link, place]
+                    assert torch.equal(own, getattr(source[0], name)[source[1], place])
+                kept += bool((before == after).all())
+    assert chains and 0 < kept < len(chains) * 2 * codes.pixel.shape[1]
 
 
 def test_codes_are_complete_after_a_stop_in_the_middle_of_a_file(tmp_path, pool, monkeypatch):

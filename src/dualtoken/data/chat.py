@@ -25,12 +25,14 @@ class Picture:
     """A picture of a chat: drawn when needed, given as bytes, or stored as codes.
 
     `name` says which picture it is: two pictures of one name are equal, and stored codes are looked up by it.
+    `edited` is the picture that it was made of by an edit: where both are equal, so are their codes.
     """
 
     name: str
     drawing: Drawing | None = None
     image: Tensor | None = None  # uint8 [3, S, S]
     codes: DualCodes | None = None  # of one image
+    edited: "Picture | None" = None
 
 
 @dataclass(frozen=True)

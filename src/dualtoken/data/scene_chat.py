@@ -4,14 +4,26 @@ Sample `index` of a task is a function of (split, seed, task, index). Pictures c
 their codes can be stored once; a scene's story is the scene, an edit of it, and an edit of that.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message, Picture
-from dualtoken.data.scene_text import NUMBERS, Edit, caption, captions, edits, located, questions
+from dualtoken.data.scene_text import (
+    NUMBERS,
+    Edit,
+    Question,
+    caption,
+    captions,
+    edits,
+    in_order,
+    located,
+    names,
+    questions,
+)
 from dualtoken.data.scenes import SPLITS, Scene, scene
 
 TASKS = ("caption", "vqa", "text_to_image", "edit", "story", "text")
@@ -19,10 +31,11 @@ LINKS = 2  # edits in a story
 DESCRIBE, DETAIL = "describe the picture", "describe the picture in detail"
 WHERE = "say what is where in the picture"
 RELATION = 4  # of the captions of several objects, the one that says how the first two lie to each other
-RELATED = 0.5  # share of the drawings of two objects that are asked for with their relation
+RELATED = 0.7  # share of the drawings of two objects that are asked for with their relation
 LOCATED = 0.4  # share of the other drawings that are asked for with all places
-SIMPLE = 0.6  # share of the drawings to learn from that are of one or two objects for sure
-TURNS = 4  # questions about one picture at most
+DRAWN = (0.15, 0.40, 0.45)  # shares of the drawings to learn from: of any scene, of one object, of two
+CROWDED = 0.5  # share of the questions to learn from that are about several objects for sure
+TURNS = 2  # questions about one picture at most
 FROM_TEXT = ("attribute", "count", "exists")  # question types that a full caption answers
 
 
@@ -64,16 +77,6 @@ def narrate(edit: Edit) -> str:
     return "then " + rest.replace(" at the ", " comes to the ")
 
 
-def in_order(drawn: Scene) -> Scene:
-    """The scene with its objects from top to bottom, the order in which chats name them and pictures are drawn."""
-    return replace(drawn, objects=tuple(sorted(drawn.objects, key=lambda thing: thing.y)))
-
-
-def names(drawn: Scene) -> str:
-    """What is in a scene, without detail: "a red star and a blue ring"."""
-    return " and ".join(f"a {thing.name}" for thing in in_order(drawn).objects)
-
-
 def story_prompt(begin: Scene, pictures: int) -> str:
     """What asks for a story of two or three pictures that begins with a scene."""
     return f"tell a story in {NUMBERS[pictures]} pictures about {names(begin)}"
@@ -91,10 +94,11 @@ class SceneChats:
 
     def picture(self, index: int, link: int = 0) -> Picture:
         """Scene `index`, or what the first `link` edits of its story made of it."""
-        name = f"{self.split}-{self.config.seed}-{index}-{link}"
+        name = f"{self.split}-{self.config.seed}-{index}"
         if link == 0:
             return Picture(name, scene(index, self.split, self.config.seed))
-        return Picture(name, self._story_of(index)[link - 1].after)
+        after = self._story_of(index)[link - 1].after
+        return Picture(f"{name}-edit-{link}", after, edited=self.picture(index, link - 1))
 
     def pictures(self) -> "list[Picture]":
         """The whole pool: what has to be encoded to store all codes. Scenes are drawn when asked for."""
@@ -111,13 +115,22 @@ class SceneChats:
         rng = np.random.default_rng((SPLITS[self.split], self.config.seed, TASKS.index(task), index, 3))
         pool = self.config.stories if task in ("edit", "story") else self.config.scenes
         number = int(rng.integers(pool)) if self.split == "train" else index % pool
-        simple = task == "text_to_image" and self.split == "train" and rng.random() < SIMPLE
-        while (task in ("edit", "story") and not self._story_of(number)) or (
-            simple and len(self._scene(number).objects) > 2
-        ):
+        fits = self._wanted(task, rng)
+        while not fits(number):
             number = (number + 1) % pool
         messages = getattr(self, f"_{task}")(number, rng)
         return ChatSample(messages, task, f"{task}-{self.split}-{self.config.seed}-{index}")
+
+    def _wanted(self, task: str, rng: np.random.Generator) -> Callable[[int], bool]:
+        """Which scenes a sample may be about; those to learn from are chosen so that what is hard comes often."""
+        if task in ("edit", "story"):
+            return lambda number: bool(self._story_of(number))
+        allowed = {1, 2, 3, 4}
+        if self.split == "train" and task == "text_to_image":
+            allowed = (allowed, {1}, {2})[int(rng.choice(3, p=DRAWN))]
+        elif self.split == "train" and task == "vqa" and rng.random() < CROWDED:
+            allowed = {2, 3, 4}
+        return lambda number: len(self._scene(number).objects) in allowed
 
     def _story_of(self, number: int) -> tuple[Edit, ...]:
         return story(number, self.split, self.config.seed)
@@ -132,12 +145,7 @@ class SceneChats:
         return Message("user", (self.picture(number), asked)), Message("assistant", (said,))
 
     def _vqa(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
-        possible = questions(self._scene(number), rng)
-        messages: list[Message] = []
-        for i in rng.permutation(len(possible))[:TURNS]:
-            shown = () if messages else (self.picture(number),)
-            messages += [Message("user", (*shown, possible[i].question)), Message("assistant", (possible[i].answer,))]
-        return tuple(messages)
+        return _ask(questions(self._scene(number), rng), self.picture(number), rng)
 
     def _text_to_image(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
         drawn = self._scene(number)
@@ -167,12 +175,23 @@ class SceneChats:
 
     def _text(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
         drawn = self._scene(number)
-        possible = [q for q in questions(drawn, rng) if q.type in FROM_TEXT]
-        messages: list[Message] = []
-        for i in rng.permutation(len(possible))[:TURNS]:
-            told = possible[i].question if messages else f"{captions(drawn)[0]} . {possible[i].question}"
-            messages += [Message("user", (told,)), Message("assistant", (possible[i].answer,))]
-        return tuple(messages)
+        return _ask([q for q in questions(drawn, rng) if q.type in FROM_TEXT], f"{captions(drawn)[0]} .", rng)
+
+
+def _ask(possible: list[Question], about: str | Picture, rng: np.random.Generator) -> tuple[Message, ...]:
+    """One question or more, each of a type chosen first, so that all types come equally often."""
+    messages: list[Message] = []
+    for _ in range(int(rng.integers(1, TURNS + 1))):
+        kinds = sorted({q.type for q in possible})
+        kind = kinds[int(rng.integers(len(kinds)))]
+        group = [q for q in possible if q.type == kind]
+        chosen = group[int(rng.integers(len(group)))]
+        possible = [q for q in possible if q is not chosen]
+        said: tuple[str | Picture, ...] = (chosen.question,)
+        if not messages:
+            said = (f"{about} {chosen.question}",) if isinstance(about, str) else (about, chosen.question)
+        messages += [Message("user", said), Message("assistant", (chosen.reply,))]
+    return tuple(messages)
 
 
 class _Pool:

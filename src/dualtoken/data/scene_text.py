@@ -23,16 +23,31 @@ from dualtoken.data.scenes import (
 
 NUMBERS = ("no", "one", "two", "three", "four")
 QUESTION_TYPES = ("attribute", "count", "compare", "position", "exists")
+BECAUSE = " : "  # between what is seen and the answer
 EDIT_TYPES = ("recolor", "remove", "add", "move")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one picture with its only right answer, one or two words in lower case."""
+    """A question about one picture with its only right answer, one or two words in lower case.
+
+    Where several things have to be looked at, `because` says what there is to see, and comes before the answer.
+    """
 
     type: str  # one of QUESTION_TYPES
     question: str
     answer: str
+    because: str = ""
+
+    @property
+    def reply(self) -> str:
+        """What a model learns to say: "a red star and a blue ring : two", or the answer alone."""
+        return f"{self.because}{BECAUSE}{self.answer}" if self.because else self.answer
+
+
+def answer_of(reply: str) -> str:
+    """The answer in a reply, without what led to it."""
+    return reply.rsplit(BECAUSE.strip(), 1)[-1].strip()
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,16 @@ def relation(first: SceneObject, second: SceneObject) -> str:
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"
+
+
+def in_order(scene: Scene) -> Scene:
+    """The scene with its objects from top to bottom, the order in which chats name them and pictures are drawn."""
+    return replace(scene, objects=tuple(sorted(scene.objects, key=lambda thing: thing.y)))
+
+
+def names(scene: Scene) -> str:
+    """What is in a scene from top to bottom, without detail: "a red star and a blue ring"."""
+    return " and ".join(f"a {thing.name}" for thing in in_order(scene).objects)
 
 
 def located(scene: Scene) -> str:
@@ -102,7 +127,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
     A scene of one object has no "compare" question; "exists" comes once true and once false.
     """
-    things, asked = scene.objects, []
+    things, asked, seen = scene.objects, [], names(scene)
     colors = Counter(thing.color for thing in things)
     shapes = Counter(thing.shape for thing in things)
     for thing in things:
@@ -114,21 +139,23 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
         asked.append(Question("attribute", f"what texture has the {thing.name} ?", thing.texture))
         asked.append(Question("position", f"where is the {thing.name} ?", position(thing)))
     asked.append(Question("attribute", "what is the background ?", scene.background))
-    asked.append(Question("count", "how many objects are there ?", NUMBERS[len(things)]))
+    asked.append(Question("count", "how many objects are there ?", NUMBERS[len(things)], seen))
     shape = SHAPES[rng.integers(len(SHAPES))]
-    asked.append(Question("count", f"how many objects are a {shape} ?", NUMBERS[shapes[shape]]))
+    asked.append(Question("count", f"how many objects are a {shape} ?", NUMBERS[shapes[shape]], seen))
     single = _unique(scene)
     for first, second in pairwise(single):
         pair = f"the {first.name} {{}} the {second.name}"
         larger = "yes" if first.radius > second.radius * 1.15 else "no"
-        asked.append(Question("compare", f"is {pair.format('larger than')} ?", larger))
+        sizes = f"the {first.name} is {first.size} and the {second.name} is {second.size}"
+        asked.append(Question("compare", f"is {pair.format('larger than')} ?", larger, sizes))
         true = relation(first, second)
         words = (true, relation(second, first))[int(rng.integers(2))]
-        asked.append(Question("position", f"is {pair.format(words)} ?", "yes" if words == true else "no"))
+        places = f"the {first.name} is at the {position(first)} and the {second.name} at the {position(second)}"
+        asked.append(Question("position", f"is {pair.format(words)} ?", "yes" if words == true else "no", places))
     present = things[int(rng.integers(len(things)))].name
     absent = [f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" not in {t.name for t in things}]
-    asked.append(Question("exists", f"is there a {present} ?", "yes"))
-    asked.append(Question("exists", f"is there a {absent[int(rng.integers(len(absent)))]} ?", "no"))
+    asked.append(Question("exists", f"is there a {present} ?", "yes", seen))
+    asked.append(Question("exists", f"is there a {absent[int(rng.integers(len(absent)))]} ?", "no", seen))
     return asked
 
 

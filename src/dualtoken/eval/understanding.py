@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dualtoken.core.errors import UserError
 from dualtoken.data.scene_chat import DETAIL
-from dualtoken.data.scene_text import QUESTION_TYPES, Question, questions
+from dualtoken.data.scene_text import QUESTION_TYPES, Question, answer_of, questions
 from dualtoken.data.scenes import BACKGROUNDS, COLORS, SHAPES, SPLITS, TEXTURES, Scene, scene
 from dualtoken.eval.report import Share, share, table, write_json
 from dualtoken.mllm.assistant import Assistant, user
@@ -29,7 +29,7 @@ class Asked:
 
     @property
     def right(self) -> bool:
-        return self.said == self.question.answer
+        return answer_of(self.said) == self.question.answer
 
 
 def understanding(
@@ -96,7 +96,7 @@ def ask_questions(assistant: Assistant, asked: list[tuple[int, Question]], batch
     for first in tqdm(range(0, len(asked), batch_size), desc="questions", unit=" batches", disable=None):
         group = asked[first : first + batch_size]
         chats = [[user(picture_of(scene(index, split), size), question.question)] for index, question in group]
-        said = assistant.ask(chats, max_new_tokens=8)
+        said = assistant.ask(chats, max_new_tokens=64)
         answers += [Asked(index, question, text) for (index, question), text in zip(group, said, strict=True)]
     return answers
 

@@ -3,11 +3,13 @@
 Written in files of some thousand pictures, each whole or not there, so a stopped run goes on with the next file.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from dualtoken.core.codes import DualCodes
@@ -32,13 +34,35 @@ def picture_bytes(picture: Picture, size: int) -> Tensor:
 
 @torch.no_grad()
 def encode_pictures(tokenizer: DualTokenVisionTokenizer, pictures: Sequence[Picture]) -> DualCodes:
-    """Codes of pictures, in batches, on the tokenizer's device; returned on the CPU."""
+    """Codes of pictures, in batches, on the tokenizer's device; returned on the CPU.
+
+    An edited picture keeps the codes of the picture before at every position whose pixels are the same. Attention
+    would change nearly half of them, so that what an edit leaves alone could not be learnt as a copy.
+    """
     parts = []
     for start in range(0, len(pictures), BATCH):
-        chosen = [pictures[i] for i in range(start, min(start + BATCH, len(pictures)))]
-        images = torch.stack([picture_bytes(picture, tokenizer.image_size) for picture in chosen])
-        parts.append(tokenizer.encode(to_float(images.to(tokenizer.device))).to("cpu"))
-    return DualCodes.cat(parts)
+        parts.append(_encode(tokenizer, [pictures[i] for i in range(start, min(start + BATCH, len(pictures)))]))
+    return DualCodes.cat([codes for codes, _ in parts])
+
+
+def _encode(tokenizer: DualTokenVisionTokenizer, pictures: list[Picture]) -> tuple[DualCodes, Tensor]:
+    """Codes of some pictures on the CPU, and the pictures, uint8 [B, 3, S, S]."""
+    images = torch.stack([picture_bytes(picture, tokenizer.image_size) for picture in pictures])
+    codes = tokenizer.encode(to_float(images.to(tokenizer.device))).to("cpu")
+    edited = [i for i, picture in enumerate(pictures) if picture.edited is not None]
+    if edited:
+        before, images_before = _encode(tokenizer, [pictures[i].edited for i in edited])
+        changed = changed_positions(images_before, images[edited], codes.pixel.shape[1])[..., None]
+        codes.pixel[edited] = torch.where(changed, codes.pixel[edited], before.pixel)
+        own, theirs = (c[:, -changed.shape[1] :] for c in (codes.semantic[edited], before.semantic))
+        codes.semantic[edited, -changed.shape[1] :] = torch.where(changed, own, theirs)
+    return codes, images
+
+
+def changed_positions(before: Tensor, after: Tensor, positions: int) -> Tensor:
+    """Where two pictures differ: uint8 [B, 3, S, S] each -> bool [B, N], N positions in rows of sqrt(N)."""
+    unequal = (before != after).any(1, keepdim=True).float()
+    return F.adaptive_max_pool2d(unequal, math.isqrt(positions)).flatten(1).bool()
 
 
 def store_codes(tokenizer: DualTokenVisionTokenizer, pictures: Sequence[Picture], folder: Path) -> StoredCodes:
