@@ -162,8 +162,9 @@ def test_edits_and_stories_follow_the_chain_of_their_scene(chats):
     for index in range(MANY):
         edit = chats.sample("edit", index)
         before, after = (p.drawing for p in edit.pictures)
-        number, link = map(int, edit.pictures[0].name.split("-")[2:])
-        made = story(number)[link]
+        number, *linked = edit.pictures[0].name.split("-")[2:]  # "12", or "12-edit-1"
+        made = story(int(number))[int(linked[-1]) if linked else 0]
+        assert edit.pictures[1].edited == edit.pictures[0]
         assert (made.before, made.after) == (before, after) and texts(edit.messages[0]) == [made.instruction]
         told = chats.sample("story", index)
         number = int(told.pictures[0].name.split("-")[2])
@@ -186,9 +187,9 @@ def test_the_pool_holds_every_picture_of_every_sample_once(chats):
 def test_unseen_samples_go_through_the_pool_in_order():
     test = SceneChats(CONFIG, "test")
     assert [test.sample("caption", i).pictures[0].name for i in (0, 1, 61)] == [
-        "test-0-0-0",
-        "test-0-1-0",
-        "test-0-1-0",
+        "test-0-0",
+        "test-0-1",
+        "test-0-1",
     ]
 
 

@@ -446,10 +446,10 @@ def test_codes_are_complete_after_a_stop_in_the_middle_of_a_file(tmp_path, pool,
 @pytest.mark.parametrize(
     ("scenes", "words"),
     [
-        ({"scenes": 12, "stories": 2, "seed": 1}, "train-0-0-0 to train-0-4-0, this pool needs 5, train-1-0-0"),
-        ({"scenes": 3, "stories": 2}, "this pool needs 5, train-0-0-0 to train-0-1-1"),
+        ({"scenes": 12, "stories": 2, "seed": 1}, "train-0-0 to train-0-4, this pool needs 5, train-1-0"),
+        ({"scenes": 3, "stories": 2}, "this pool needs 5, train-0-0 to train-0-1-edit-1"),
         ({"scenes": 4, "stories": 1}, "is of another pool than these|this pool needs"),
-        ({"scenes": 40, "stories": 2}, "this pool needs 5, train-0-10-0 to train-0-14-0"),
+        ({"scenes": 40, "stories": 2}, "this pool needs 5, train-0-10 to train-0-14"),
     ],
 )
 def test_codes_of_another_pool_are_a_mistake_before_anything_is_written(scenes, words, tmp_path, pool):
