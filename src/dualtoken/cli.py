@@ -91,6 +91,11 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "dualtoken eval generation --output result.json --pictures sheets/",
         ),
     },
+    "reproduce": Command(
+        "dualtoken.paper.reproduce:reproduce",
+        "tables and figures of the paper",
+        "dualtoken reproduce fig3 --out reproduced",
+    ),
     "convert": Command(
         "dualtoken.tokenizer.convert:convert",
         "a tokenizer checkpoint of the paper's repository -> directories of ours",

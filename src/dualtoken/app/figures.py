@@ -116,6 +116,35 @@ def draw_neighbors(path: Path, queries: Tensor, found: dict[str, Tensor]) -> Pat
     return _save(figure, path)
 
 
+def draw_similarity(path: Path, similarity: Tensor, runs: Sequence[tuple[int, int]]) -> Path:
+    """Cosines of layers [L, L] as a heat map with layer 1 at the lower left; runs of layers (from 1) are framed."""
+    figure, axes = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
+    layers = len(similarity)
+    edges = (0.5, layers + 0.5, 0.5, layers + 0.5)
+    image = axes.imshow(similarity.numpy(), origin="lower", extent=edges, cmap="viridis", vmax=1)
+    for first, last in runs:
+        side = last - first + 1
+        axes.add_patch(plt.Rectangle((first - 0.5, first - 0.5), side, side, fill=False, color="white", lw=1.5))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="cosine")
+    return _save(figure, path)
+
+
+def draw_clusters(path: Path, groups: Sequence[Tensor]) -> Path:
+    """Clusters of pictures, each uint8 [k, 3, S, S], a row each."""
+    figure, axes = _grid(
+        len(groups), max(len(group) for group in groups), [f"{i + 1}" for i in range(len(groups))], 0.95
+    )
+    for row, group in enumerate(groups):
+        for column, cell in enumerate(axes[row]):
+            if column < len(group):
+                _show(cell, group[column])
+            else:
+                cell.axis("off")
+    return _save(figure, path)
+
+
 def draw_zero_shot(
     path: Path, pictures: Tensor, scores: dict[str, Tensor], classes: Sequence[str], top: int = 4
 ) -> Path:

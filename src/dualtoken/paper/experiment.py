@@ -1,0 +1,169 @@
+"""One table or figure: what it is made with, what comes out, and how that is written down.
+
+Measured numbers and the paper's stand in columns of their own and are never mixed; every file says its scale.
+"""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dualtoken.core.errors import UserError
+from dualtoken.eval.report import cell, write_json
+
+Scale = Literal["mini", "full"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an experiment is made with.
+
+    Args:
+        data: pictures: a folder or shards; None = unseen scenes (mini only).
+        weights: what is measured (see `needs` of the experiment); None = the bundled miniature (mini only).
+        encoder: the image-text encoder that a tokenizer started from.
+        pictures: how many pictures at most; None = the experiment's own number.
+    """
+
+    scale: Scale = "mini"
+    out: Path = Path("reproduced")
+    data: str | None = None
+    weights: str | None = None
+    encoder: str | None = None
+    pictures: int | None = None
+    seed: int = 0
+
+    @property
+    def source(self) -> str:
+        return self.data or "scenes"
+
+    @property
+    def model(self) -> str:
+        return self.weights or "mini"
+
+    def count(self, mini: int, full: int) -> int:
+        """How many pictures."""
+        return self.pictures or (mini if self.scale == "mini" else full)
+
+
+@dataclass
+class Row:
+    """A line of the result. paper: what the paper prints for it, where it has such a line."""
+
+    name: str
+    measured: dict[str, Any]
+    paper: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """What an experiment found. findings: what follows, in sentences; pictures: file name -> caption."""
+
+    rows: list[Row]
+    findings: list[str] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or figure as data.
+
+    Args:
+        claim: what the paper says of it, in our words.
+        make: does the work; pictures are written into `Setting.out`.
+        minutes: of the miniature on two cores, about.
+        needs: what full scale needs: "data" and/or "weights" and/or "encoder".
+        wants: which data and weights these are in the paper.
+    """
+
+    title: str
+    claim: str
+    make: Callable[[Setting], Result]
+    minutes: float
+    needs: tuple[str, ...]
+    wants: str
+
+    def check(self, id: str, setting: Setting) -> None:
+        """Raise UserError where full scale lacks something."""
+        missing = [name for name in self.needs if getattr(setting, name) is None]
+        if setting.scale == "full" and missing:
+            options = ", ".join(f"--{name}" for name in missing)
+            raise UserError(f"reproduce {id} --scale full needs {options}: {self.wants}")
+
+
+def run(id: str, experiment: Experiment, setting: Setting) -> Path:
+    """Make an experiment and write ID.json, ID.md and its pictures into `setting.out`; returns the JSON file."""
+    experiment.check(id, setting)
+    setting.out.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    result = experiment.make(setting)
+    head = {
+        "id": id, "title": experiment.title, "claim": experiment.claim, "scale": setting.scale,
+        "model": setting.model, "data": setting.source, "seeds": [setting.seed], "commit": commit(),
+        "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2),
+    }  # fmt: skip
+    rows = [{"name": row.name, "measured": row.measured, "paper": row.paper, "scale": setting.scale}
+            for row in result.rows]  # fmt: skip
+    (setting.out / f"{id}.md").write_text(page(head, result))
+    place = setting.out / f"{id}.json"
+    write_json(place, head | {"rows": rows, "findings": result.findings, "pictures": result.pictures})
+    return place
+
+
+def page(head: dict[str, Any], result: Result) -> str:
+    """The result as Markdown."""
+    scale = "miniature" if head["scale"] == "mini" else "full scale"
+    measured = list(dict.fromkeys(key for row in result.rows for key in row.measured))
+    paper = list(dict.fromkeys(key for row in result.rows for key in row.paper))
+    names = ["", *(f"{key} ({scale})" for key in measured), *(f"{key} (paper)" for key in paper)]
+    lines = [f"# {head['title']}, {scale}", "", f"The paper: {head['claim']}", ""]
+    lines += [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for row in result.rows:
+        cells = [row.name, *(cell(row.measured.get(k)) for k in measured), *(cell(row.paper.get(k)) for k in paper)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"- {finding}" for finding in result.findings), ""]
+    lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in result.pictures.items()]
+    told = f"Model {head['model']}, data {head['data']}, seeds {head['seeds']}, commit {head['commit'] or 'unknown'}"
+    lines.append(f"{told}, {head['hardware']}, {head['minutes']} minutes: `dualtoken reproduce {head['id']}`.")
+    return "\n".join(lines) + "\n"
+
+
+def finished(place: Path, setting: Setting) -> bool:
+    """True where a file holds what this setting would make, at this commit."""
+    try:
+        found = json.loads(place.read_text())
+    except (OSError, ValueError):
+        return False
+    asked = {"scale": setting.scale, "model": setting.model, "data": setting.source, "seeds": [setting.seed]}
+    return all(found.get(key) == value for key, value in asked.items()) and found.get("commit") == commit() is not None
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with a plus where it was changed; None for an installed package."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip() or None
+
+
+def hardware() -> str:
+    """The accelerator, or the processor with its threads."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"

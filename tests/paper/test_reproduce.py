@@ -1,0 +1,74 @@
+"""`dualtoken reproduce`: what is written, what is kept, and what is said where something lacks."""
+
+import json
+
+import pytest
+
+from dualtoken.cli import main
+from dualtoken.paper import reproduce as module
+from dualtoken.paper.experiment import Experiment, Result, Row, Setting, finished
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_fig3_in_miniature_writes_numbers_page_and_pictures(tmp_path):
+    assert main(["reproduce", "fig3", "--out", str(tmp_path), "--pictures", "150"]) == 0
+    found = json.loads((tmp_path / "fig3.json").read_text())
+    assert found["scale"] == "mini" and found["seeds"] == [0] and found["hardware"] and found["minutes"] >= 0
+    cosines = [row["measured"]["mean cosine"] for row in found["rows"] if "mean cosine" in row["measured"]]
+    assert len(cosines) == 4 and all(-1 <= c <= 1 for c in cosines if c is not None)
+    shallow, deep = (row["measured"] for row in found["rows"] if "shape" in row["measured"])
+    assert set(shallow) == set(deep) == {"background", "color", "texture", "shape", "number"}
+    page = (tmp_path / "fig3.md").read_text()
+    assert "miniature" in page.splitlines()[0] and "(miniature)" in page
+    for name in found["pictures"]:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and name in page
+
+
+def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch):
+    made = []
+
+    def make(setting):
+        made.append(setting)
+        return Result([Row("ours", {"psnr": 20.5}), Row("theirs", {}, {"psnr": 27.12})], ["a finding"])
+
+    monkeypatch.setattr(module, "EXPERIMENTS", {"table1": Experiment("Tokenizers", "better", make, 1, ("data",), "X")})
+    monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abc")
+    arguments = ["reproduce", "table1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    lines = (tmp_path / "table1.md").read_text().splitlines()
+    assert "|  | psnr (miniature) | psnr (paper) |" in lines
+    assert "| ours | 20.5 | - |" in lines and "| theirs | - | 27.12 |" in lines and "- a finding" in lines
+    assert main(arguments) == 0 and len(made) == 1  # it was done
+    assert main([*arguments, "--seed", "1"]) == 0 and len(made) == 2
+    assert main([*arguments, "--seed", "1", "--again", "true"]) == 0 and len(made) == 3
+    assert finished(tmp_path / "table1.json", Setting(out=tmp_path, seed=1))
+    monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abd")
+    assert not finished(tmp_path / "table1.json", Setting(out=tmp_path, seed=1))
+    assert (
+        main(["reproduce", "all", "--out", str(tmp_path)]) == 0 and "table1.md" in (tmp_path / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fig33"], "did you mean fig3?"),
+        (["tableau"], "there are|did you mean"),
+        (["fig3", "--scale", "full"], "--scale full needs --data, --encoder"),
+        (["table1", "--scale", "full", "--data", "x"], "needs --weights, --encoder"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(arguments, words, tmp_path, capsys):
+    import re
+
+    assert main(["reproduce", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert re.search(words, capsys.readouterr().err) and not (tmp_path / "out").exists()
+
+
+def test_the_list_says_what_each_needs(capsys):
+    assert main(["reproduce", "list"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in module.EXPERIMENTS) and "ImageNet" in told
