@@ -32,9 +32,9 @@ def test_files_are_small_in_half_precision_and_of_no_machine():
 def test_it_sees(assistant):
     asked = [(i, q) for i, q in draw_questions(60, "probe", 3) if q.type == "attribute"]
     found = ask_questions(assistant, asked, 60, "probe")
-    assert sum(a.right for a in found) >= 33  # 71 % measured, the commonest answers give 21 %
+    assert sum(a.right for a in found) >= 33  # 69 % measured, the commonest answers give 21 %
     said = describe_scenes(assistant, 40, 40, "probe")
-    assert said["background"].value >= 0.9 and said["color and shape of the main object"].value >= 0.75  # 91 %
+    assert said["background"].value >= 0.9 and said["color and shape of the main object"].value >= 0.85  # 98 %
 
 
 def test_it_draws_what_was_asked(assistant):
