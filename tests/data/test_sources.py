@@ -61,7 +61,7 @@ def shards(tmp_path):
         with webdataset.TarWriter(str(tmp_path / f"{number:05d}.tar")) as tar:
             for i in range(2):
                 key = f"{number:05d}{i:04d}"
-                words = {"txt": f"words {key}"} if number == 0 else {"json": {"caption": f"words {key}", "url": "x"}}
+                words = {"txt": f"words {key}"} if number == 0 else {"json": {"caption": f"words {key}", "image": "x"}}
                 tar.write({"__key__": key, "jpg": encoded(2 * number + i, "JPEG"), **words})
     return tmp_path
 

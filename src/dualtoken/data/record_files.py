@@ -66,8 +66,9 @@ def _unpacked(group: Record) -> Record:
         said = json.loads(record.pop("json", b"{}"))
     except ValueError:  # what it should have said is then missed by name
         said = {}
-    if isinstance(record.get("txt"), bytes):
-        record["txt"] = record["txt"].decode("utf-8", errors="replace")
+    for name in record:
+        if name.endswith("txt"):
+            record[name] = record[name].decode("utf-8", errors="replace")
     return (said if isinstance(said, dict) else {}) | record
 
 

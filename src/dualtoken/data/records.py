@@ -19,7 +19,7 @@ from dualtoken.data.record_files import Record, Skipped, downloads
 
 # What a converter asks for -> entries of a record that may hold it, the first found is taken.
 FIELDS: dict[str, tuple[str, ...]] = {
-    "image": ("image", "jpg", "jpeg", "png", "webp", "img", "image_path", "img_path", "file_name"),
+    "image": ("jpg", "jpeg", "png", "webp", "image", "img", "image_path", "img_path", "file_name"),
     "text": ("txt", "text", "caption", "prompt"),
     "class": ("class",),
     "images": ("images",),

@@ -8,7 +8,7 @@ import glob
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from braceexpand import braceexpand  # of webdataset
 
@@ -259,7 +259,7 @@ def _part(name: str, part: int, parts: int) -> str:
     return name if parts == 1 else f"{name}#{part:05d}-of-{parts:05d}"
 
 
-def _place(places: dict, shard: str):
+def _place(places: dict[str, Any], shard: str) -> Any:
     if shard not in places:
         raise UserError(f"{OPTION}: no shard {shard}; there are {len(places)}, from {next(iter(places))}")
     return places[shard]
