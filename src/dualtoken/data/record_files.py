@@ -203,7 +203,8 @@ def open_hub(name: str, subset: str, split: str, option: str) -> Any:
     except ImportError:
         raise UserError(f"{option}: datasets of the hub need the package datasets: pip install datasets") from None
     try:
-        return datasets.load_dataset(name, subset or None, split=split, streaming=True).decode(False)
+        dataset = datasets.load_dataset(name, subset or None, split=split, streaming=True)
+        return dataset.decode(False) if dataset.features else dataset  # unknown ones are not decoded anyway
     except (OSError, ValueError) as error:
         raise UserError(f"{option}: cannot open hub:{name} ({str(error).splitlines()[0]})") from None
 
