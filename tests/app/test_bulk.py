@@ -191,7 +191,7 @@ while killed < 4:
     child = os.fork()  # before torch has started a thread
     if child == 0:
         os._exit(main(sys.argv[2:]))
-    while not (drafts := list(output.glob(".*.draft"))) and os.waitpid(child, os.WNOHANG)[0] == 0:
+    while not (drafts := list(output.glob(f".*.{child}.draft"))) and os.waitpid(child, os.WNOHANG)[0] == 0:
         time.sleep(0.001)
     if not drafts:
         break  # it ended
@@ -219,8 +219,10 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path):
 
 def test_two_processes_of_accelerate_give_the_files_of_one(shards, tmp_path):
     assert encode(shards, tmp_path / "one") == 0
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    options = {"num_processes": 2, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no",
+               "main_process_port": 0}  # fmt: skip
+    options = ["--cpu", *(f"--{name}={value}" for name, value in options.items())]
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options]
     (tmp_path / "run.py").write_text("import sys\nfrom dualtoken.cli import main\nsys.exit(main(sys.argv[1:]))\n")
     done = subprocess.run(
         [*launch, str(tmp_path / "run.py"), "encode", str(shards), "--out", str(tmp_path / "two"),

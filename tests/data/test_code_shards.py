@@ -64,9 +64,14 @@ def test_equal_content_gives_equal_bytes_and_webdataset_reads_it(tmp_path):
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     write(tmp_path / "a.tar")
     before = (tmp_path / "a.tar").read_bytes()
-    with pytest.raises(RuntimeError), CodeShardWriter(tmp_path / "a.tar", FORMAT) as shard:
-        shard.add("x", FORMAT.pack(codes())[0], {})
-        raise RuntimeError("stop")
+
+    def fail():
+        with CodeShardWriter(tmp_path / "a.tar", FORMAT) as shard:
+            shard.add("x", FORMAT.pack(codes())[0], {})
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert (tmp_path / "a.tar").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.tar"]
     (tmp_path / ".a.tar.elsewhere.1.draft").write_text("left by a killed process")
     with whole_or_not_at_all(tmp_path / "a.tar") as draft:
@@ -82,7 +87,7 @@ def test_damaged_codes_are_skipped_with_their_reason(tmp_path):
     with CodeShardWriter(tmp_path / "b.tar", FORMAT) as shard:
         shard.add("x", b"1234", {})
     (skipped,) = CodeShard(tmp_path / "b.tar")
-    assert skipped.name.endswith("b.tar:x") and skipped.reason == "4 bytes of codes, 4104 expected"
+    assert skipped.what.endswith("b.tar:x: 4 bytes of codes, 4104 expected")
 
 
 def test_a_cut_is_noticed_wherever_it_is(tmp_path):
@@ -95,7 +100,7 @@ def test_a_cut_is_noticed_wherever_it_is(tmp_path):
         (tmp_path / "b.tar").write_bytes(whole[:cut])
         *found, last = CodeShard(tmp_path / "b.tar")
         assert [s.key for s in found if isinstance(s, CodeSample)] == ["sub/000000", "sub/000001"]
-        assert isinstance(last, Skipped) and "cut off" in last.reason
+        assert isinstance(last, Skipped) and "cut off" in last.what
     (tmp_path / "c.tar").write_bytes(whole[: third.offset] + b"noise" * 400)
     assert "damaged" in index_tar(tmp_path / "c.tar").damage and index_tar(tmp_path / "a.tar").damage == ""
     (tmp_path / "d.tar").write_bytes(b"")
@@ -105,12 +110,12 @@ def test_a_cut_is_noticed_wherever_it_is(tmp_path):
 def test_chats_and_pictures_of_shards(tmp_path):
     made = write(tmp_path / "a.tar")
     write(tmp_path / "b.tar")
-    source = CodeShards(str(tmp_path / "{a,b}.tar"), tokenizer=FORMAT.tokenizer)
+    source = CodeShards(str(tmp_path / "{a,b}.tar"), "text_to_image", ["draw {}"], FORMAT.tokenizer)
     assert source.shards == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
     first, second, skipped = source.read(source.shards[0])
-    assert isinstance(first, ChatSample) and first.draws and first.messages[0].content == ("a cat",)
-    assert torch.equal(second.pictures[0].codes.pixel, made.pixel[1:2]) and skipped.reason == "no text"
-    first, *_ = CodeShards(str(tmp_path / "*.tar"), "caption").read(source.shards[0])
+    assert isinstance(first, ChatSample) and first.draws and first.messages[0].content == ("draw a cat",)
+    assert torch.equal(second.pictures[0].codes.pixel, made.pixel[1:2]) and skipped.what.endswith("000002: no text")
+    first, *_ = CodeShards(str(tmp_path / "*.tar")).read(source.shards[0])
     assert not first.draws and first.messages[1].content == ("a cat",) and first.pictures[0].codes is not None
     pictures = list(open_code_shards(str(tmp_path)))
     assert [text for _, text in pictures] == ["a cat", "a dog", ""] * 2
@@ -131,13 +136,13 @@ def test_mistakes_name_what_is_wrong(tmp_path):
         CodeShard(tmp_path / "pictures.tar")
     with pytest.raises(UserError, match="the model's is tokenizer feedfeedfeedfeed"):
         list(CodeShards(str(tmp_path / "one/a.tar"), tokenizer="feedfeedfeedfeed").read(str(tmp_path / "one/a.tar")))
-    with pytest.raises(UserError, match=r"--data.source .*no shard .*b.tar"):
+    with pytest.raises(UserError, match=r"--data.sources .*no shard .*b.tar"):
         CodeShards(str(tmp_path / "one/{a,b}.tar"))
     with pytest.raises(UserError, match="no shard fits"):
         CodeShards(str(tmp_path / "one/x*.tar"))
     with pytest.raises(UserError, match="have one name"):
         CodeShards(str(tmp_path / "{one,two}/a.tar"))
-    with pytest.raises(UserError, match="text_to_image or caption"):
+    with pytest.raises(UserError, match="the tasks are caption, text_to_image"):
         CodeShards(str(tmp_path / "one"), "vqa")
     assert list(find_shards(str(tmp_path), "X")) == ["one/a.tar", "pictures.tar", "two/a.tar"]
     header = json.dumps({"format": "dualtoken-code-shard-9"}).encode()

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import IMAGE_SUFFIXES, fit_image, image_bytes, read_image, to_float
 from dualtoken.data.code_shards import CARRIED, CodeFormat, CodeShardWriter
-from dualtoken.data.tar_shards import Skipped, TarSample, find_shards, index_tar, whole_or_not_at_all
+from dualtoken.data.tar_shards import TarSample, find_shards, index_tar, whole_or_not_at_all
 from dualtoken.tokenizer.fingerprint import fingerprint
 from dualtoken.tokenizer.presets import open_tokenizer
 
@@ -99,7 +99,7 @@ class Decoded(NamedTuple):
     images: Tensor  # uint8 [B, 3, S, S]
     keys: list[str]
     beside: list[dict[str, bytes]]  # files that are taken along, by suffix
-    skipped: list[Skipped]
+    skipped: list[dict[str, str]]  # name and reason
 
 
 class Parts:
@@ -138,7 +138,7 @@ class Decoding(Dataset):
                     images.append(image_bytes(fit_image(read_image(content, sample.key), self.size)))
                 except Exception as error:  # Pillow raises many kinds; one odd file of millions must not end a run
                     reason = str(error).removeprefix(f"{sample.key}: ") or type(error).__name__
-                    skipped.append(Skipped(sample.key, reason))
+                    skipped.append({"name": sample.key, "reason": reason})
                     continue
                 keys.append(sample.key)
                 beside.append(files)
@@ -148,6 +148,8 @@ class Decoding(Dataset):
 
 def encode_jobs(encoder: Encoder, jobs: Sequence[Job], quiet: bool | None = None) -> Iterator[dict[str, Any]]:
     """Encode shards, one after the other, and give the summary of each once it is finished."""
+    if not jobs:
+        return
     config, parts = encoder.config, Parts(jobs, encoder.config.batch_size)
     loader = DataLoader(
         Decoding(encoder.size),
@@ -174,7 +176,7 @@ def encode_jobs(encoder: Encoder, jobs: Sequence[Job], quiet: bool | None = None
                 **asdict(encoder.format),
                 "bytes": Path(job.output).stat().st_size,
                 "encoded": encoded,
-                "skipped": [skip._asdict() for skip in skipped],
+                "skipped": skipped,
                 "damage": parts.damage[number],
             }
             with whole_or_not_at_all(job.summary) as draft:

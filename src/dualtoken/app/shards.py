@@ -71,7 +71,7 @@ def _samples(shard: Path, index: TarIndex) -> Iterator[tuple[str, DualCodes | Te
     found = _code_samples(shard) if HEADER in index.bare else _picture_samples(shard, index)
     for sample in found:
         if isinstance(sample, Skipped):
-            print(f"skipped: {sample.name}: {sample.reason}")
+            print(f"skipped: {sample.what}")
         else:
             yield sample
 
@@ -90,7 +90,7 @@ def _picture_samples(shard: Path, index: TarIndex) -> Iterator[tuple[str, Tensor
             try:
                 picture = read_image(sample.picture.read(opened), sample.key)
             except ImageError as error:
-                yield Skipped(f"{shard}:{sample.key}", str(error).removeprefix(f"{sample.key}: "))
+                yield Skipped(f"{shard}:{error}")
                 continue
             yield sample.key, image_bytes(fit_image(picture, SIDE)), text
 
@@ -143,7 +143,7 @@ def decode_shards(path: str, writer, tokenizer: DualTokenVisionTokenizer, batch_
 def _usable(shard: CodeShard) -> Iterator[CodeSample]:
     for sample in shard:
         if isinstance(sample, Skipped):
-            print(f"skipped: {sample.name}: {sample.reason}")
+            print(f"skipped: {sample.what}")
         else:
             yield sample
 

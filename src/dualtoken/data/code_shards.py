@@ -9,11 +9,12 @@ A sample's codes come last, so that one with codes is whole, also where the shar
 
 import json
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from dualtoken.data.tar_shards import Skipped, TarSample, add_file, find_shards,
 
 HEADER, NAME = "__codes__", "dualtoken-code-shard-1"
 CARRIED = ("txt", "json", "cls")  # what is taken along from beside a picture
+PROMPTS = {"caption": DESCRIBE, "text_to_image": "{}"}  # by task, where none is given
 TEXT_KEYS = ("caption", "text")  # where a .json has the text
 
 
@@ -136,9 +138,9 @@ class CodeShard:
                     yield self._sample(sample, shard)
                 except (KeyError, ValueError) as error:
                     reason = "no codes" if isinstance(error, KeyError) else str(error)
-                    yield Skipped(f"{self.path}:{sample.key}", reason)
+                    yield Skipped(f"{self.path}:{sample.key}: {reason}")
         if self.index.damage:
-            yield Skipped(str(self.path), self.index.damage)
+            yield Skipped(f"{self.path}: {self.index.damage}")
 
     def _sample(self, sample: TarSample, shard) -> CodeSample:
         codes = self.format.unpack(sample.parts["codes"].read(shard))
@@ -160,29 +162,30 @@ class CodeShard:
 
 
 class CodeShards:
-    """Shards of codes as a source of chats: the picture drawn from its text, or its text said of the picture.
+    """Shards of codes as a source of chats: the picture is drawn from its text, or its text said of the picture.
 
     Args:
         pattern: a folder, or a pattern such as "codes/{000..099}.tar".
-        task: "text_to_image" (the text asks, the assistant draws) or "caption" (the assistant says the text).
-        prompt: what asks for a caption.
+        task: "caption" (the assistant says the text) or "text_to_image" (the assistant draws it).
+        prompts: what the user says, one of them for each chat: what asks for a caption, or "draw {}" around the text.
         tokenizer: fingerprint that the codes must be of; None = any.
     """
 
     def __init__(
         self,
         pattern: str,
-        task: Literal["text_to_image", "caption"] = "text_to_image",
-        prompt: str = DESCRIBE,
+        task: str = "caption",
+        prompts: Sequence[str] = (),
         tokenizer: str | None = None,
-        option: str = "--data.source",
+        option: str = "--data.sources",
     ):
-        if task not in ("text_to_image", "caption"):
-            raise UserError(f"task {task!r} of a shard of codes: give text_to_image or caption")
+        if task not in PROMPTS:
+            raise UserError(f"{option} {pattern}: unknown task {task!r}; the tasks are {', '.join(PROMPTS)}")
         self.shards = [str(path) for path in find_shards(pattern, option).values()]
         if not self.shards:
             raise UserError(f"{option} {pattern}: no tar of codes")
-        self.task, self.prompt, self.tokenizer, self.option = task, prompt, tokenizer, option
+        self.task, self.prompts = task, list(prompts) or [PROMPTS[task]]
+        self.tokenizer, self.option = tokenizer, option
 
     def read(self, shard: str) -> Iterator[ChatSample | Skipped]:
         """Chats of a shard in its order. Raises UserError where its codes are of another tokenizer."""
@@ -193,18 +196,19 @@ class CodeShards:
             if isinstance(sample, Skipped):
                 yield sample
             elif not sample.text:
-                yield Skipped(f"{shard}:{sample.key}", "no text")
+                yield Skipped(f"{shard}:{sample.key}: no text")
             else:
                 name = f"{shard}:{sample.key}"
                 yield ChatSample(self._messages(Picture(name, codes=sample.codes), sample.text), self.task, name)
 
     def _messages(self, picture: Picture, text: str) -> tuple[Message, ...]:
+        prompt = self.prompts[zlib.crc32(picture.name.encode()) % len(self.prompts)]
         if self.task == "caption":
-            return Message("user", (picture, self.prompt)), Message("assistant", (text,))
-        return Message("user", (text,)), Message("assistant", (picture,))
+            return Message("user", (picture, prompt)), Message("assistant", (text,))
+        return Message("user", (prompt.replace("{}", text),)), Message("assistant", (picture,))
 
 
-def open_code_shards(pattern: str, option: str = "--data.source") -> Iterator[tuple[Picture, str]]:
+def open_code_shards(pattern: str, option: str = "--data.sources") -> Iterator[tuple[Picture, str]]:
     """Pictures with their codes, and their texts ("" where there is none), of all shards in order.
 
     What cannot be read is passed over. Raises UserError for a missing shard, or a tar without codes.

@@ -24,11 +24,11 @@ from dualtoken.core.images import IMAGE_SUFFIXES
 BLOCK = 512  # bytes; a tar is made of these and ends with one of zeros
 
 
-class Skipped(NamedTuple):
-    """Something that could not be used, and why."""
+@dataclass(frozen=True)
+class Skipped:
+    """Something that could not be used: its name, a colon and why."""
 
-    name: str
-    reason: str
+    what: str
 
 
 class Place(NamedTuple):
