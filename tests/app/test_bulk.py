@@ -219,9 +219,10 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path):
 
 def test_two_processes_of_accelerate_give_the_files_of_one(shards, tmp_path):
     assert encode(shards, tmp_path / "one") == 0
+    # Its launcher of many processes goes by the name of GPUs; without one the processes meet on the CPU.
     options = {"num_processes": 2, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no",
                "main_process_port": 0}  # fmt: skip
-    options = ["--cpu", *(f"--{name}={value}" for name, value in options.items())]
+    options = ["--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options]
     (tmp_path / "run.py").write_text("import sys\nfrom dualtoken.cli import main\nsys.exit(main(sys.argv[1:]))\n")
     done = subprocess.run(

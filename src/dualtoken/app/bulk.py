@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -233,7 +234,8 @@ def find_jobs(path: str, output: str | None) -> list[Job]:
             raise UserError(f"--output {output}: is the folder of the shards; give another one")
         inside = Path(output).resolve()
         shards = {name: shard for name, shard in shards.items() if not shard.resolve().is_relative_to(inside)}
-        if any(p.suffix.lower() in IMAGE_SUFFIXES for p in Path(path).rglob("*") if not p.is_relative_to(output)):
+        pictures = (p for p in Path(path).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if any(not picture.resolve().is_relative_to(inside) for picture in pictures):
             raise UserError(f"PATH {path}: holds pictures and shards; give {Path(path) / '*.tar'}, or only pictures")
     jobs = [Job(str(shard.resolve()), str((Path(output) / name).resolve())) for name, shard in shards.items()]
     same = next((job for job in jobs if job.source == job.output), None)
@@ -244,7 +246,8 @@ def find_jobs(path: str, output: str | None) -> list[Job]:
 
 def encode_shards(jobs: Sequence[Job], output: str, config: BulkConfig) -> None:
     """Encode this process's share of the jobs that are not finished, and say what came of it."""
-    state = PartialState()
+    without = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=without)
     encoder = Encoder(config, state.device)
     share = jobs[state.process_index :: state.num_processes]
     done = {job: finished(encoder, job) for job in share}  # before any work, as it may raise
