@@ -74,7 +74,7 @@ def index_tar(path: str | Path) -> TarIndex:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.offset_data + member.size > length:
-                    raise tarfile.ReadError(f"cut off inside {member.name}")
+                    raise tarfile.ReadError(f"ends inside {member.name}")
                 key, suffix = webdataset.tariterators.base_plus_ext(member.name)
                 place = Place(member.offset_data, member.size)
                 if member.isfile() and key:
@@ -85,9 +85,9 @@ def index_tar(path: str | Path) -> TarIndex:
         with open(path, "rb") as shard:  # tarfile takes a cut between two files for the end
             shard.seek(end)
             if shard.read(BLOCK) != bytes(BLOCK):
-                raise tarfile.ReadError(f"cut off or damaged at byte {end:,}")
+                raise tarfile.ReadError(f"no end mark at byte {end:,}")
     except (tarfile.TarError, ValueError) as error:
-        index.damage = str(error)
+        index.damage = f"cut off or damaged: {error}"
     index.samples = [TarSample(key, parts) for key, parts in grouped.items()]
     return index
 
