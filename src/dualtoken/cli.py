@@ -20,6 +20,7 @@ class Command(NamedTuple):
     optional: str = ""  # an argument that may be given without its option's name
 
 
+GROUPS = {"data": "look at data", "eval": "measure a model"}  # what groups of commands are for
 SHORT = {"-n": "--number", "--out": "--output"}  # other spellings of options
 
 
@@ -53,17 +54,24 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     ),
     "encode": Command(
         "dualtoken.app.files:encode",
-        "pictures -> a file of codes",
-        "dualtoken encode photos/ --output codes.safetensors",
+        "pictures -> a file of codes; shards of pictures -> shards of codes",
+        'dualtoken encode "shards/{000..099}.tar" --out codes/',
     ),
     "decode": Command(
-        "dualtoken.app.files:decode", "a file of codes -> pictures", "dualtoken decode codes.safetensors --output out/"
+        "dualtoken.app.files:decode", "codes -> pictures", "dualtoken decode codes.safetensors --output out/"
     ),
     "reconstruct": Command(
         "dualtoken.app.files:reconstruct",
         "pictures -> codes -> pictures",
         "dualtoken reconstruct photos/ --output out/",
     ),
+    "data": {
+        "inspect": Command(
+            "dualtoken.app.shards:inspect",
+            "what is in shards of pictures or codes: a table and a picture grid",
+            "dualtoken data inspect codes/000.tar --output look/",
+        ),
+    },
     "eval": {
         "reconstruction": Command(
             "dualtoken.eval.commands:reconstruction",
@@ -164,7 +172,7 @@ def _help(table: dict, path: list[str]) -> str:
         about = "Pictures as pixel and semantic codes, and a language model that reads and writes both (DualToken)."
         lines[1:1] = ["", about, "Start with: dualtoken demo"]
     for name, command in table.items():
-        text = command.help if isinstance(command, Command) else f"{', '.join(command)}: measure a model"
+        text = command.help if isinstance(command, Command) else f"{', '.join(command)}: {GROUPS[name]}"
         lines.append(f"  {name:16} {text}")
     examples = [c.example for c in table.values() if isinstance(c, Command)]
     return "\n".join([*lines, "", "examples:", *(f"  {e}" for e in examples), "", "Options: COMMAND --help"])

@@ -72,6 +72,19 @@ def draw_captioned(path: Path, pictures: Tensor, lines: Sequence[str]) -> Path:
     return _save(figure, path)
 
 
+def draw_grid(path: Path, pictures: Sequence[Tensor], lines: Sequence[str], columns: int = 4) -> Path:
+    """Pictures, each uint8 [3, S, S], in rows of `columns`, each with its text below, cut after a few lines."""
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2 * columns, 2.7 * rows), squeeze=False, layout="constrained")
+    for place in axes.flat[len(pictures) :]:
+        place.axis("off")
+    for place, picture, line in zip(axes.flat, pictures, lines, strict=False):
+        _show(place, picture)
+        place.set_xlabel("\n".join(textwrap.wrap(line, 26, max_lines=4)), fontsize=7, parse_math=False)
+    return _save(figure, path)
+
+
 def draw_rows(path: Path, rows: Sequence[Tensor], labels: Sequence[str], titles: Sequence[str]) -> Path:
     """Rows of pictures, each uint8 [M, 3, S, S], with a label at the left of each row and titles above the first."""
     figure, axes = _grid(len(rows), len(rows[0]), labels)
