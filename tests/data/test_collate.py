@@ -1,19 +1,25 @@
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+import dualtoken
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
-from dualtoken.data.collate import IGNORE, ChatTokens, pack
+from dualtoken.data.chat import Picture
+from dualtoken.data.collate import IGNORE, ChatTokens, pack, spread
 from dualtoken.data.images import step_batches
 from dualtoken.data.mixture import Dropout, MixtureBatches
 from dualtoken.data.scene_chat import SceneChatConfig, SceneChats
+from dualtoken.mllm.processor import DualTokenProcessor
 from tests import tiny
 from tests.data.test_chat import stored
 
 FILL = 9
+ROOT = Path(dualtoken.__file__).parent
 
 
 def tokens(size, first, pictures=0):
@@ -42,7 +48,7 @@ def pieces(batch):
 
 def test_samples_are_whole_apart_and_padded_at_the_end():
     batch = pack(SAMPLES, 10, FILL)
-    assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (3, 10)
+    assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (3, 9)
     found, padding = pieces(batch)
     wanted = sorted((s.ids.tolist() for s in SAMPLES), key=lambda ids: ids[0])
     assert sorted((ids.tolist() for ids, _, _ in found), key=lambda ids: ids[0]) == wanted
@@ -53,8 +59,8 @@ def test_samples_are_whole_apart_and_padded_at_the_end():
         assert labels[0] == IGNORE and sample.labels[0] != IGNORE  # nothing of its own predicts a first token
     for _, labels, positions in padding:
         assert (labels == IGNORE).all() and positions.tolist() == list(range(len(positions)))
-    assert sum(len(p[0]) for p in padding) == 30 - 25
-    assert batch.useful == pytest.approx(25 / 30) and batch.samples == 5
+    assert sum(len(p[0]) for p in padding) == 27 - 25
+    assert batch.useful == pytest.approx(25 / 27) and batch.samples == 5
 
 
 def test_codes_follow_their_samples():
@@ -75,6 +81,53 @@ def test_rows_are_few_and_full_rows_have_no_padding():
     batch = pack(many, 10, FILL)
     assert batch.input_ids.shape == (4, 10) and batch.useful == 1.0 and not pieces(batch)[1]
     assert pack(many[:1], 6, FILL).useful == 1.0
+
+
+def test_rows_are_equally_full_and_as_wide_as_the_fullest():
+    samples = [tokens(size, 100 * (i + 1)) for i, size in enumerate([7, 5, 4, 4, 3, 3, 2, 2])]
+    for length, shape in ((10, (3, 10)), (16, (2, 15))):
+        batch = pack(samples, length, FILL)
+        assert batch.input_ids.shape == shape and batch.useful == 1.0
+    # longest first gives 8 + 5 + 4 and 7 + 6; exchanges make both 15
+    assert pack([tokens(size, 100) for size in (8, 7, 6, 5, 4)], 20, FILL).input_ids.shape == (2, 15)
+    for seed in range(20):
+        sizes = torch.randint(1, 30, (16,), generator=torch.Generator().manual_seed(seed)).tolist()
+        rows = spread(sizes, 40)
+        assert sorted(i for row in rows for i in row) == list(range(16)) and all(rows)
+        assert max(sum(sizes[i] for i in row) for row in rows) <= 40
+
+
+@pytest.mark.parametrize(("round_to", "width"), [(1, 9), (4, 12), (8, 13), (100, 13)])
+def test_widths_can_be_multiples_and_never_more_than_the_length(round_to, width):
+    batch = pack([tokens(9, 100)], 13, FILL, round_to)
+    assert batch.input_ids.shape == (1, width) and batch.useful == pytest.approx(9 / width)
+
+
+def picture(name, *, coded=False, edited=None):
+    place = int(name)
+    codes = DualCodes(torch.full((1, 4, 2), place), torch.full((1, 4, 2), -place)) if coded else None
+    pixels = None if coded else torch.full((3, 8, 8), place, dtype=torch.uint8)
+    return Picture(name, image=pixels, codes=codes, edited=edited)
+
+
+def test_pictures_without_codes_come_as_pixels_and_know_their_place():
+    first, second = picture("1"), picture("2", coded=True)
+    chats = [
+        [picture("3", edited=picture("9"))],  # what it was made of is not in the batch
+        [first, picture("4", edited=first), second, picture("5", edited=picture("4"))],
+    ]
+    samples = [
+        ChatTokens(torch.arange(size), torch.arange(size), None, torch.ones(len(shown), dtype=torch.bool), shown)
+        for size, shown in zip((3, 5), chats, strict=True)
+    ]
+    batch = pack(samples, 8, FILL)  # one row, the longer sample first
+    assert batch.unseen.images[:, 0, 0, 0].tolist() == [1, 4, 5, 3] and batch.unseen.images.shape == (4, 3, 8, 8)
+    assert batch.unseen.places.tolist() == [0, 1, 3, 4] and batch.unseen.before.tolist() == [-1, 0, 1, -1]
+    assert batch.codes.pixel.flatten().unique().tolist() == [2] and len(batch.draw_semantic) == 5
+    assert batch.to("cpu").unseen is batch.unseen
+    samples[0].pictures = [Picture("empty")]
+    with pytest.raises(UserError, match="picture empty has neither pixels nor codes"):
+        pack(samples, 8, FILL)
 
 
 def test_a_sample_longer_than_a_row_is_one_line():
@@ -102,6 +155,24 @@ def mixture(weights, encode=None, **options):
         pool = SOURCE.pictures()
         given["stored"] = stored([pool[i].name for i in range(len(pool))])
     return MixtureBatches(SOURCE, weights, encode, **given)
+
+
+def test_the_miniatures_mixture_wastes_less_than_a_twentieth():
+    recipe = yaml.safe_load((ROOT / "recipes/mini-mllm.yaml").read_text())
+    stage, data = recipe["recipe"]["4-1"], recipe["data"]
+    processor = DualTokenProcessor.from_pretrained(ROOT / "checkpoints/mini/mllm")
+    batches = MixtureBatches(
+        SceneChats(SceneChatConfig(**data["scenes"])),
+        stage["mixture"],
+        lambda sample, hide_text: processor.encode(sample, hide_text, pictures=False),
+        stage["batch_size"],
+        data["length"],
+        processor.tokenizer.pad_token_id,
+        seed=3,
+        dropout=Dropout(data["dropout"]["text"], 0.0),
+    )
+    useful = [batches[step].useful for step in range(20)]
+    assert sum(useful) / len(useful) > 0.95
 
 
 class Seen:

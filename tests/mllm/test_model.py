@@ -1,11 +1,20 @@
 import json
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    modeling_flash_attention_utils,
+    pipeline,
+)
 
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
@@ -254,14 +263,45 @@ def test_a_token_sees_what_is_before_it_alone_in_new_and_in_opened_models(tmp_pa
         assert moved.tolist() == [t >= 6 for t in range(12)]
 
 
-@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
-def test_a_packed_batch_has_the_loss_of_its_samples_alone(back_end):
+@pytest.fixture
+def flash_in_torch(monkeypatch):
+    """Flash attention as transformers calls it, computed by torch, as its kernels need a GPU; the calls by kind."""
+    calls = Counter()
+
+    def flash(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        calls["plain"] += 1
+        return attend(q, k, v, softmax_scale, causal)
+
+    def varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+    ):
+        calls["packed"] += 1
+        pieces = [slice(a, b) for a, b in pairwise(cu_seqlens_q.tolist())]
+        return torch.cat([attend(q[None, p], k[None, p], v[None, p], softmax_scale, causal)[0] for p in pieces])
+
+    def attend(q, k, v, scale, causal):
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True).transpose(1, 2)
+
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    monkeypatch.setattr(
+        modeling_flash_attention_utils, "_lazy_imports", lambda *args, **kwargs: (flash, varlen, None, None, None)
+    )
+    yield calls
+    modeling_flash_attention_utils._loaded_implementation = None
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager", "flex_attention", "flash_attention_2"])
+def test_a_packed_batch_has_the_loss_of_its_samples_alone(back_end, flash_in_torch):
     model, processor = tiny.mllm()
-    model.llm.set_attn_implementation(back_end)
+    if back_end == "flash_attention_2":
+        model.llm.config._attn_implementation = back_end  # asked for by its setter it would have to be installed
+    else:
+        model.llm.set_attn_implementation(back_end)
     tokens = [processor.encode(s) for s in (sample(0), sample(1, 0, 1), sample(2, 1, 0), sample(3, 0, 2))]
     packed = pack(tokens, 96, processor.tokenizer.pad_token_id)
-    assert packed.input_ids.shape[0] < len(tokens)
-    with torch.no_grad():
+    assert 1 < packed.input_ids.shape[0] < len(tokens)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         out = model(**packed.inputs)
         text, drawn, pixel, semantic = 0, 0, 0, 0
         words = 0
@@ -274,6 +314,7 @@ def test_a_packed_batch_has_the_loss_of_its_samples_alone(back_end):
     assert torch.allclose(out.text, text / words, atol=1e-5)
     assert torch.allclose(out.pixel, pixel / drawn, atol=1e-5)
     assert torch.allclose(out.semantic, semantic / drawn, atol=1e-5)
+    assert (flash_in_torch["packed"] > 0) == (back_end == "flash_attention_2")
 
 
 @torch.no_grad()

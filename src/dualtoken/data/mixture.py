@@ -29,6 +29,11 @@ class Dropout:
     text: float = 0.1
     semantic: float = 0.0
 
+    def draw(self, rng: np.random.Generator, sample: ChatSample) -> tuple[bool, bool]:
+        """Whether a sample's text, and the semantic codes of what it draws, are hidden."""
+        text, semantic = rng.random(2) < (self.text, self.semantic)
+        return bool(text) and sample.draws, bool(semantic) and sample.draws
+
 
 class MixtureBatches(Dataset):
     """Batch number `step` of one process, packed into rows.
@@ -36,7 +41,7 @@ class MixtureBatches(Dataset):
     Args:
         weights: task -> weight; tasks that the source lacks raise UserError.
         encode: a chat, and whether its text is hidden, to ids.
-        fill: id of padding; length: of a row.
+        fill: id of padding; length, round_to: of a row (see `pack`).
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class MixtureBatches(Dataset):
         dropout: Dropout = Dropout(),
         rank: int = 0,
         world_size: int = 1,
+        round_to: int = 1,
     ):
         unknown = [task for task in weights if task not in source.tasks]
         if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
@@ -60,11 +66,12 @@ class MixtureBatches(Dataset):
         self.tasks = list(weights)
         self.share = np.array([weights[t] for t in self.tasks]) / sum(weights.values())
         self.batch_size, self.length, self.fill, self.seed = batch_size, length, fill, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.round_to = rank, world_size, round_to
 
     def __getitem__(self, step: int) -> PackedBatch:
         start = (step * self.world_size + self.rank) * self.batch_size
-        return pack([self._tokens(place) for place in range(start, start + self.batch_size)], self.length, self.fill)
+        samples = [self._tokens(place) for place in range(start, start + self.batch_size)]
+        return pack(samples, self.length, self.fill, self.round_to)
 
     def _tokens(self, place: int) -> ChatTokens:
         rng = np.random.default_rng((self.seed, place, 4))
@@ -72,8 +79,8 @@ class MixtureBatches(Dataset):
         sample = self.source.sample(task, self.seed * 2**40 + place)
         if self.stored is not None:
             sample = self.stored.fill(sample)
-        hide_text, hide_semantic = rng.random(2) < (self.dropout.text, self.dropout.semantic)
-        tokens = self.encode(sample, bool(hide_text) and sample.draws)
-        if hide_semantic and sample.draws:
+        hide_text, hide_semantic = self.dropout.draw(rng, sample)
+        tokens = self.encode(sample, hide_text)
+        if hide_semantic:
             tokens.draw_semantic = torch.zeros_like(tokens.draw_semantic)
         return tokens

@@ -299,6 +299,9 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         if pixel_values is not None:
             codes = self.look(pixel_values.to(self.vision_tokenizer.dtype))
         embeds = self.embed(input_ids, codes, draw_semantic)
+        if labels is not None and position_ids is not None and "flash" in str(self.llm.config._attn_implementation):
+            # In several rows transformers' flash attention would not keep packed samples apart, in one row it does.
+            embeds, position_ids = embeds.flatten(0, 1)[None], position_ids.flatten()[None]
         out = self.hidden(
             embeds,
             attention_mask=attention_mask,

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from dualtoken.data.collate import IGNORE, PackedBatch, pack
 from dualtoken.data.images import step_batches
 from dualtoken.data.mixture import Dropout, MixtureBatches
 from dualtoken.data.scene_chat import TASKS, SceneChatConfig, SceneChats
+from dualtoken.data.sources import SourceConfig
 from dualtoken.mllm.model import Counts, DualTokenConfig, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_llm
 from dualtoken.mllm.processor import DualTokenProcessor
@@ -25,6 +26,7 @@ from dualtoken.tokenizer.presets import open_tokenizer, tokenizer_directory
 from dualtoken.training.loop import Loop, LoopConfig, seed_step
 from dualtoken.training.stages import STAGES, LoraConfig, Stage, StageOptim, set_trained
 from dualtoken.training.stored_codes import encode_pictures, store_codes
+from dualtoken.training.streamed import open_stream, with_codes
 
 
 @dataclass
@@ -33,7 +35,11 @@ class ChatDataConfig:
 
     Args:
         scenes: the pool of scenes.
-        length: tokens of a row; samples are packed into rows.
+        sources: datasets in place of the scenes, mixed by the stage's mixture where it names them (by name or path),
+            else by their weights. Pictures without codes are encoded as they come.
+        window: chats of a source that are shuffled together.
+        length: the most tokens of a row; samples are packed into rows.
+        round_to: widths of rows are multiples of it, so that compiled kernels meet few shapes.
         dropout: what is hidden at random.
         codes: folder where the pictures' codes are kept; default: OUTPUT/codes. They are made once.
         workers: processes that make batches ahead; 0 = none.
@@ -41,7 +47,10 @@ class ChatDataConfig:
     """
 
     scenes: SceneChatConfig = field(default_factory=SceneChatConfig)
+    sources: list[SourceConfig] = field(default_factory=list)
+    window: int = 64
     length: int = 512
+    round_to: int = 1
     dropout: Dropout = field(default_factory=Dropout)
     codes: str | None = None
     workers: int = 0
@@ -172,7 +181,7 @@ def _train_stage(
     """One stage in its own folder, from its newest state if there is one."""
     data, optim, lora, config = (settings[k] for k in ("data", "optim", "lora", "loop"))
     seed, folder = settings["seed"], Path(settings["output"])
-    told = settings | {"recipe": stage}
+    told = settings | {"recipe": stage, "data": replace(data, workers=0)}  # a run may go on with more or fewer
     run = Loop(str(folder), stage.steps, seed, settings["resume"], config, told, folder.name)
     split = stage.batch_size / (config.accumulate * run.accelerator.num_processes)
     if split != int(split) or split < 1:
@@ -181,8 +190,25 @@ def _train_stage(
             f"accumulated batches on {run.accelerator.num_processes} processes (--loop.accumulate)"
         )
     model.vision_tokenizer.to(run.device)
-    stored, held_out = _codes(model, processor, data, folder)
-    model.vision_tokenizer.drop_tower()  # from here on pictures are codes
+    made_of = {
+        "encode": processor.encode,
+        "batch_size": int(split),
+        "length": data.length,
+        "fill": processor.tokenizer.pad_token_id,
+        "seed": seed + number,
+        "dropout": data.dropout,
+        "rank": run.accelerator.process_index,
+        "world_size": run.accelerator.num_processes,
+        "round_to": data.round_to,
+    }
+    if data.sources:
+        reading = {"workers": data.workers, "window": data.window}
+        size = model.vision_tokenizer.image_size
+        streamed, held_out = open_stream(data.sources, stage.mixture, size, **made_of, **reading), {}
+    else:
+        stored, held_out = _codes(model, processor, data, folder)
+        streamed, batches = None, MixtureBatches(SceneChats(data.scenes), stage.mixture, stored=stored, **made_of)
+        model.vision_tokenizer.drop_tower()  # from here on pictures are codes
     seed_step(seed, 2**32 + number, 0)
     adapters = _adapters(model.llm, lora) if lora.rank and "llm" in stage.trains else None
     model.to(run.device)
@@ -193,19 +219,6 @@ def _train_stage(
     optimizer = run.accelerator.prepare(
         torch.optim.AdamW(groups, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True)
     )
-    batches = MixtureBatches(
-        SceneChats(data.scenes),
-        stage.mixture,
-        processor.encode,
-        int(split),
-        data.length,
-        processor.tokenizer.pad_token_id,
-        seed + number,
-        stored,
-        data.dropout,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-    )
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     state = run.restore()
     if state is not None:
@@ -213,14 +226,17 @@ def _train_stage(
             for name, parameter in learning.items():
                 parameter.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
+        if streamed and (change := streamed.load_state_dict(state["data"])):
+            run.say(change)
     wrapped = run.accelerator.prepare(model)
     parameters = list(learning.values())
-    stream = step_batches(batches, run.start * config.accumulate, stage.steps * config.accumulate, data.workers)
+    first, last = run.start * config.accumulate, stage.steps * config.accumulate
+    stream = streamed or step_batches(batches, first, last, data.workers)
     for step in run.run():
         wrapped.train()
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * optim.factor(step, stage.steps)
-        parts = [next(stream).to(run.device) for _ in range(config.accumulate)]
+        parts = [with_codes(model.vision_tokenizer, next(stream)).to(run.device) for _ in range(config.accumulate)]
         totals = _counts(model, parts)
         sums: dict[str, Tensor] = {}
         for batch in parts:
@@ -236,14 +252,17 @@ def _train_stage(
         optimizer.step()
         optimizer.zero_grad()
         useful = sum(b.useful for b in parts) / len(parts)
-        run.log(step, sums | {"useful": useful, "lr": optim.factor(step, stage.steps)})
-        if run.due(step, config.eval_every):
+        read = streamed.counts(run.device) if streamed and run.due(step, config.log_every) else {}
+        skipped = streamed.take_skipped() if streamed else []
+        run.log(step, sums | {"useful": useful, "lr": optim.factor(step, stage.steps)} | read, skipped)
+        if held_out and run.due(step, config.eval_every):
             found = evaluate(model, held_out, run.device)
             run.record({"step": step + 1, **{f"eval_{k}": round(v, 4) for k, v in found.items()}})
             run.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
         if run.due(step, config.save_every):
             weights = {name: parameter.detach() for name, parameter in learning.items()}
-            run.save(step + 1, {"model": weights, "optimizer": optimizer.state_dict()})
+            place = {"data": streamed.state_dict()} if streamed else {}
+            run.save(step + 1, {"model": weights, "optimizer": optimizer.state_dict(), **place})
     if adapters is not None:
         adapters.merge_and_unload()
     if run.main:
