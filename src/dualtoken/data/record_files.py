@@ -11,25 +11,18 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dualtoken.core.errors import UserError
+from dualtoken.data.tar_shards import Skipped
 
 Record = dict[str, Any]
 ROWS = 16  # rows of a table held at a time; those of Cauldron have some MB each
 BETWEEN = re.compile(r"[\s,]*")
 BLOCK = 512  # bytes, of a tar file
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """Something that could not be read: counted and listed, never fatal."""
-
-    what: str
 
 
 Entry = tuple[str, Record] | Skipped
@@ -201,7 +194,9 @@ def open_hub(name: str, subset: str, split: str, option: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{option}: datasets of the hub need the package datasets: pip install datasets") from None
+        raise UserError(
+            f"{option}: datasets of the hub need the package datasets: pip install 'dualtoken[data]'"
+        ) from None
     try:
         dataset = datasets.load_dataset(name, subset or None, split=split, streaming=True)
         return dataset.decode(False) if dataset.features else dataset  # unknown ones are not decoded anyway
@@ -235,5 +230,5 @@ def _arrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError("parquet files need the package pyarrow: pip install pyarrow") from None
+        raise UserError("parquet files need the package pyarrow: pip install 'dualtoken[data]'") from None
     return pyarrow, pyarrow.parquet

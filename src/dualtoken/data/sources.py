@@ -15,6 +15,7 @@ from braceexpand import braceexpand  # of webdataset
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import list_images
 from dualtoken.data.chat import ChatSample
+from dualtoken.data.code_shards import CodeShards
 from dualtoken.data.record_files import (
     READERS,
     Entry,
@@ -39,7 +40,7 @@ from dualtoken.data.records import (
 )
 
 OPTION = "--data.sources"
-HUB = "hub:"
+HUB, CODES = "hub:", "codes"
 TASKS = ("caption", "text_to_image")
 PICTURES = 1000  # of a folder, in a shard
 WILD = "*?[{"  # what makes a path a pattern
@@ -187,8 +188,10 @@ def open_source(config: SourceConfig, size: int) -> ShardedSource:
 
     Raises UserError, naming `--data.sources`, for an unknown format or option, and where there is no file.
     """
+    if config.format == CODES:  # shards that `dualtoken encode` wrote
+        return CodeShards(config.path, config.task, config.prompts, option=OPTION)
     if config.format not in FORMATS:
-        raise UserError(f"{OPTION}: unknown format {config.format!r}; the formats are {', '.join(FORMATS)}")
+        raise UserError(f"{OPTION}: unknown format {config.format!r}; the formats are {', '.join([*FORMATS, CODES])}")
     if config.task not in TASKS:
         raise UserError(f"{OPTION} {config.path}: unknown task {config.task!r}; the tasks are {', '.join(TASKS)}")
     if unknown := [name for name in config.columns if name not in FIELDS]:
