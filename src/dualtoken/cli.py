@@ -40,7 +40,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "draw": Command(
         "dualtoken.app.converse:draw",
         "pictures from words",
-        'dualtoken draw "a large red star on a black background" -n 4 --guidance 3 --seed 0 --out drawings',
+        'dualtoken draw "a large plain red star on a black background" -n 4 --guidance 3 --seed 0 --out drawings',
     ),
     "edit": Command(
         "dualtoken.app.converse:edit",

@@ -24,9 +24,9 @@ from dualtoken.mllm.assistant import Assistant, user
 ASKED = 8  # pictures with a question each
 DRAWN = 4  # pictures of a prompt
 PROMPTS = (
-    ("a large red star on a black background", "red", "star"),
-    ("a blue ring on a white background", "blue", "ring"),
-    ("a large green cross on a sky background", "green", "cross"),
+    ("a large plain red star on a black background", "red", "star"),
+    ("a small striped blue ring on a white background", "blue", "ring"),
+    ("a large dotted yellow square on a gray background", "yellow", "square"),
 )
 
 
