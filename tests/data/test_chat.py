@@ -9,11 +9,14 @@ from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message, Picture, StoredCodes, by_name
 from dualtoken.data.collate import IGNORE
 from dualtoken.data.scene_chat import (
+    AGAIN,
     CROWDED,
     DRAWN,
+    REDRAW,
     RELATION,
     TASKS,
     TURNS,
+    WORDS,
     SceneChatConfig,
     SceneChats,
     narrate,
@@ -159,19 +162,52 @@ def test_objects_are_named_from_top_to_bottom_with_their_places():
 
 
 def test_edits_and_stories_follow_the_chain_of_their_scene(chats):
+    again = 0
     for index in range(MANY):
         edit = chats.sample("edit", index)
         before, after = (p.drawing for p in edit.pictures)
         number, *linked = edit.pictures[0].name.split("-")[2:]  # "12", or "12-edit-1"
-        made = story(int(number))[int(linked[-1]) if linked else 0]
-        assert edit.pictures[1].edited == edit.pictures[0]
-        assert (made.before, made.after) == (before, after) and texts(edit.messages[0]) == [made.instruction]
+        if texts(edit.messages[0]) == [REDRAW]:
+            again += 1
+            assert edit.pictures[1] == edit.pictures[0]
+        else:
+            made = story(int(number))[int(linked[-1]) if linked else 0]
+            assert edit.pictures[1].edited == edit.pictures[0]
+            assert (made.before, made.after) == (before, after) and texts(edit.messages[0]) == [made.instruction]
         told = chats.sample("story", index)
         number = int(told.pictures[0].name.split("-")[2])
         chain = story(number)[: len(told.pictures) - 1]
         assert [p.drawing for p in told.pictures] == [scene(number), *(e.after for e in chain)]
         assert texts(told.messages[1])[1:] == [narrate(e) for e in chain]
         assert texts(told.messages[0]) == [story_prompt(scene(number), len(told.pictures))]
+    assert 0 < again < 0.5 * MANY
+    test = SceneChats(CONFIG, "test")
+    assert all(texts(test.sample("edit", index).messages[0]) != [REDRAW] for index in range(MANY))
+
+
+def test_chats_of_words_alone_repeat_change_and_answer(chats):
+    kinds = Counter()
+    for index in range(MANY):
+        sample = chats.sample("text", index)
+        assert not sample.pictures
+        told, said = texts(sample.messages[0])[0], texts(sample.messages[1])[0]
+        if told.startswith(AGAIN):
+            kinds["again"] += 1
+            assert told == f"{AGAIN} : {said}" and set(said.split()) <= set(WORDS)
+        elif told.endswith("?"):
+            kinds["ask"] += 1
+            about = told.split(" . ")[0]
+            for message in sample.messages[1::2]:  # what is said to be there is told before
+                reply = texts(message)[0]
+                if answer_of(reply) not in ("yes", *NUMBERS):
+                    assert set(answer_of(reply).split()) <= {*about.split(), "no"}
+        else:
+            kinds["change"] += 1
+            before, _, instruction = told.partition(" . ")
+            verb = instruction.split()[0]
+            many = before.count(" and ") + {"add": 1, "remove": -1}.get(verb, 0)
+            assert verb in ("add", "remove", "make", "move") and said.count(" and ") == many and said != before
+    assert min(kinds.values()) > 0.1 * MANY and set(kinds) == {"again", "change", "ask"}
 
 
 def test_the_pool_holds_every_picture_of_every_sample_once(chats):

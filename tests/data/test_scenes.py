@@ -11,6 +11,7 @@ from dualtoken.data.scene_text import (
     answer_of,
     captions,
     edits,
+    in_order,
     position,
     questions,
     relation,
@@ -89,16 +90,14 @@ def test_questions_are_answered_by_the_truth():
                 assert asked.answer == ("no", "one", "two", "three", "four")[len(names)]
             if asked.because:  # what is said to be seen is there, and comes before the answer
                 assert asked.reply == f"{asked.because} : {asked.answer}" and answer_of(asked.reply) == asked.answer
-                said = f" {asked.because} "
-                for name in names if asked.type in ("count", "exists") else ():
-                    assert said.count(f" a {name} ") == names.count(name)
-                for thing in drawn.objects if asked.type == "compare" else ():
-                    if f"the {thing.name} " in asked.question:
-                        assert f"the {thing.name} is {thing.size}" in asked.because
-                for thing in drawn.objects if asked.type == "position" else ():
-                    if f"the {thing.name} " in asked.question:
-                        where = f"the {thing.name} at the {position(thing)} "
-                        assert where in said.replace(" is at ", " at ")
+                for thing, listed in zip(in_order(drawn).objects, asked.because.split(" and "), strict=True):
+                    assert listed.startswith("a ") and f" {thing.name}" in listed
+                    if asked.type == "compare":
+                        assert listed == f"a {thing.size} {thing.name}"
+                    if asked.type == "position":
+                        assert listed == f"a {thing.name} at the {position(thing)}"
+                    if asked.question.startswith("what texture"):
+                        assert listed == f"a {thing.texture} {thing.name}"
             else:
                 assert asked.reply == answer_of(asked.reply) == asked.answer
     assert seen == set(QUESTION_TYPES)

@@ -24,7 +24,7 @@ from dualtoken.data.scene_text import (
     names,
     questions,
 )
-from dualtoken.data.scenes import SPLITS, Scene, scene
+from dualtoken.data.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, SPLITS, TEXTURES, Scene, scene
 
 TASKS = ("caption", "vqa", "text_to_image", "edit", "story", "text")
 LINKS = 2  # edits in a story
@@ -36,7 +36,10 @@ LOCATED = 0.4  # share of the other drawings that are asked for with all places
 DRAWN = (0.15, 0.40, 0.45)  # shares of the drawings to learn from: of any scene, of one object, of two
 CROWDED = 0.5  # share of the questions to learn from that are about several objects for sure
 TURNS = 2  # questions about one picture at most
-FROM_TEXT = ("attribute", "count", "exists")  # question types that a full caption answers
+UNCHANGED, REDRAW = 0.25, "draw it again"  # share of the edits to learn from that change nothing, and what asks for it
+TEXTS, TEXT_SHARES = ("again", "change", "ask"), (0.2, 0.3, 0.5)  # chats without a picture, and how many of each
+AGAIN, LENGTHS = "say again", (3, 16)  # words that are said again: fewest, and one more than most
+WORDS = (*COLORS, *SHAPES, *TEXTURES, *SIZES, *BACKGROUNDS)
 
 
 @dataclass
@@ -160,10 +163,11 @@ class SceneChats:
     def _edit(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
         chain = self._story_of(number)
         link = int(rng.integers(len(chain)))
-        edit = chain[link]
-        shown, drawn = self.picture(number, link), self.picture(number, link + 1)
+        shown, drawn, asked = self.picture(number, link), self.picture(number, link + 1), chain[link].instruction
+        if self.split == "train" and rng.random() < UNCHANGED:
+            drawn, asked = shown, REDRAW
         # Words first, so that each position of the drawing is always as far behind the same position of the picture.
-        return Message("user", (edit.instruction, shown)), Message("assistant", (drawn,))
+        return Message("user", (asked, shown)), Message("assistant", (drawn,))
 
     def _story(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
         begin, chain = self._scene(number), self._story_of(number)
@@ -174,8 +178,23 @@ class SceneChats:
         return Message("user", (story_prompt(begin, links + 1),)), Message("assistant", tuple(told))
 
     def _text(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
-        drawn = self._scene(number)
-        return _ask([q for q in questions(drawn, rng) if q.type in FROM_TEXT], f"{captions(drawn)[0]} .", rng)
+        """Words alone: said again, changed as told, or asked about."""
+        kind = TEXTS[int(rng.choice(len(TEXTS), p=TEXT_SHARES))]
+        if kind == "again":
+            said = " ".join(rng.choice(WORDS, int(rng.integers(*LENGTHS))))
+            return Message("user", (f"{AGAIN} : {said}",)), Message("assistant", (said,))
+        drawn = in_order(self._scene(number))
+        possible = edits(drawn, rng)
+        if kind == "change" and possible:
+            edit = possible[int(rng.integers(len(possible)))]
+            before, after = located(drawn), located(in_order(edit.after))
+            return Message("user", (f"{before} . {edit.instruction}",)), Message("assistant", (after,))
+        asked = questions(drawn, rng)
+        if rng.random() < 0.5:
+            about, asked = captions(drawn)[0], [q for q in asked if q.type not in ("compare", "position")]
+        else:
+            about, asked = located(drawn), [q for q in asked if "texture" not in q.question]
+        return _ask(asked, f"{about} .", rng)
 
 
 def _ask(possible: list[Question], about: str | Picture, rng: np.random.Generator) -> tuple[Message, ...]:

@@ -5,6 +5,7 @@ could be said comes from the generator that is passed in, so it repeats.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -31,7 +32,7 @@ EDIT_TYPES = ("recolor", "remove", "add", "move")
 class Question:
     """A question about one picture with its only right answer, one or two words in lower case.
 
-    Where several things have to be looked at, `because` says what there is to see, and comes before the answer.
+    `because` says what there is to see, from top to bottom, as far as the answer needs it, and comes before it.
     """
 
     type: str  # one of QUESTION_TYPES
@@ -87,7 +88,11 @@ def in_order(scene: Scene) -> Scene:
 
 def names(scene: Scene) -> str:
     """What is in a scene from top to bottom, without detail: "a red star and a blue ring"."""
-    return " and ".join(f"a {thing.name}" for thing in in_order(scene).objects)
+    return _listed(scene, lambda thing: thing.name)
+
+
+def _listed(scene: Scene, say: Callable[[SceneObject], str]) -> str:
+    return " and ".join(f"a {say(thing)}" for thing in in_order(scene).objects)
 
 
 def located(scene: Scene) -> str:
@@ -128,16 +133,19 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     A scene of one object has no "compare" question; "exists" comes once true and once false.
     """
     things, asked, seen = scene.objects, [], names(scene)
+    textures = _listed(scene, lambda thing: f"{thing.texture} {thing.name}")
+    sizes = _listed(scene, lambda thing: f"{thing.size} {thing.name}")
+    places = _listed(scene, lambda thing: f"{thing.name} at the {position(thing)}")
     colors = Counter(thing.color for thing in things)
     shapes = Counter(thing.shape for thing in things)
     for thing in things:
         if shapes[thing.shape] == 1:
-            asked.append(Question("attribute", f"what color is the {thing.shape} ?", thing.color))
+            asked.append(Question("attribute", f"what color is the {thing.shape} ?", thing.color, seen))
         if colors[thing.color] == 1:
-            asked.append(Question("attribute", f"what shape is the {thing.color} object ?", thing.shape))
+            asked.append(Question("attribute", f"what shape is the {thing.color} object ?", thing.shape, seen))
     for thing in _unique(scene):
-        asked.append(Question("attribute", f"what texture has the {thing.name} ?", thing.texture))
-        asked.append(Question("position", f"where is the {thing.name} ?", position(thing)))
+        asked.append(Question("attribute", f"what texture has the {thing.name} ?", thing.texture, textures))
+        asked.append(Question("position", f"where is the {thing.name} ?", position(thing), places))
     asked.append(Question("attribute", "what is the background ?", scene.background))
     asked.append(Question("count", "how many objects are there ?", NUMBERS[len(things)], seen))
     shape = SHAPES[rng.integers(len(SHAPES))]
@@ -146,11 +154,9 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     for first, second in pairwise(single):
         pair = f"the {first.name} {{}} the {second.name}"
         larger = "yes" if first.radius > second.radius * 1.15 else "no"
-        sizes = f"the {first.name} is {first.size} and the {second.name} is {second.size}"
         asked.append(Question("compare", f"is {pair.format('larger than')} ?", larger, sizes))
         true = relation(first, second)
         words = (true, relation(second, first))[int(rng.integers(2))]
-        places = f"the {first.name} is at the {position(first)} and the {second.name} at the {position(second)}"
         asked.append(Question("position", f"is {pair.format(words)} ?", "yes" if words == true else "no", places))
     present = things[int(rng.integers(len(things)))].name
     absent = [f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" not in {t.name for t in things}]

@@ -47,6 +47,7 @@ class SmallLLMConfig:
     mlp: int = 768
     context: int = 1024
     vocab_size: int = 640
+    initializer_range: float = 0.02
 
 
 @dataclass
@@ -129,8 +130,8 @@ def small_llm(
     return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(text_tokenizer), hidden_size=config.width, intermediate_size=config.mlp,
         num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
-        max_position_embeddings=config.context, tie_word_embeddings=True, bos_token_id=None, eos_token_id=end,
-        pad_token_id=text_tokenizer.pad_token_id,
+        max_position_embeddings=config.context, initializer_range=config.initializer_range, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=end, pad_token_id=text_tokenizer.pad_token_id,
     )), text_tokenizer  # fmt: skip
 
 
