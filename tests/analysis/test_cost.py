@@ -40,11 +40,14 @@ def test_memory_is_what_is_alive_at_once():
 def test_tokenizer_on_values_and_on_the_meta_device_counts_alike():
     real, model = tiny.tokenizer(), tiny.tokenizer().to("meta")
     ours, shapes = tokenizer_costs(real, 2, 1), tokenizer_costs(model, 2, 1)
+    encode = ours.pop("encode")
     assert {k: (c.parameters, c.flops) for k, c in ours.items()} == {
         k: (c.parameters, c.flops) for k, c in shapes.items()
     }
+    search = 2 * (2 * 4 * 2 * 16 * 8) * 2  # two vocabularies: two images of four positions, two depths, 16 codes of 8
+    assert encode.flops - ours["encode up to the code vectors"].flops == search
     assert all(c.seconds is None for c in shapes.values()) and all(c.seconds > 0 for c in ours.values())
-    assert ours["encode"].flops > ours["backbone to the semantic layer"].flops
+    assert encode.flops > ours["backbone to the semantic layer"].flops
     twice = tokenizer_costs(model, 4, 1)
     assert twice["decode from pixel features"].flops == 2 * shapes["decode from pixel features"].flops
 

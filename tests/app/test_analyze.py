@@ -71,7 +71,7 @@ def test_cost_of_a_tokenizer_of_a_model_and_of_a_shape(tmp_path, capsys):
     assert set(found["language_model"]["drawing one picture"]) == {"single", "dual"}
     assert "dual / single" in capsys.readouterr().out
     shape = run("cost", tmp_path, "--model", "siglip2-b-256")
-    encode = shape["tokenizer"]["encode"]
+    encode = shape["tokenizer"]["encode up to the code vectors"]
     assert encode["seconds"] is None and encode["flops"] > 30e9  # 256 positions through twelve layers of 7 M weights
 
 

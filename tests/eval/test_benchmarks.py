@@ -1,9 +1,7 @@
 """Drawings in the layouts of published benchmarks, and what their scorers' files say."""
 
 import json
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,26 +87,27 @@ def test_a_killed_run_goes_on_and_draws_the_same(assistant, tmp_path):
         draw(assistant, "geneval", prompts, tmp_path / "cut", samples=2, seed=4)
 
 
-def test_processes_share_the_prompts(tmp_path):
+def test_processes_share_the_prompts(assistant, tmp_path, monkeypatch):
+    prompts = written(tmp_path, "wise")
+    draw(assistant, "wise", prompts, tmp_path / "one")
+    for rank in (1, 0):  # the main process may come last
+        state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
+        monkeypatch.setattr("dualtoken.eval.benchmarks.PartialState", lambda state=state, **options: state)
+        assert draw(assistant, "wise", prompts, tmp_path / "two")["pictures"] == 2 - rank
+    assert pictures(tmp_path / "two") == pictures(tmp_path / "one")
+    parts = [json.loads((tmp_path / f"two/dualtoken-{r}-of-2.json").read_text()) for r in range(2)]
+    assert [part["pictures"] for part in parts] == [2, 1] and (tmp_path / "two/dualtoken.json").is_file()
+
+
+def test_the_command_fills_a_folder(tmp_path, capsys):
     model, processor = lively()
     model.save_pretrained(tmp_path / "m")
     processor.save_pretrained(tmp_path / "m")
     options = ["--model", str(tmp_path / "m"), "--benchmark", "wise", "--prompts", written(tmp_path, "wise")]
-    alone = ["eval", "generation", *options, "--output", str(tmp_path / "one")]
-    assert main(alone) == 0
-    code = "import sys; from dualtoken.cli import main; sys.exit(main(sys.argv[1:]))"
-    several = [sys.executable, "-c", code, "eval", "generation", *options, "--output", str(tmp_path / "two")]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655", "ACCELERATE_USE_CPU": "true"}
-    runs = [
-        subprocess.Popen(several, env=os.environ | world | {"RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for r in range(2)
-    ]  # fmt: skip
-    said = [run.communicate(timeout=300)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], said
-    assert pictures(tmp_path / "two") == pictures(tmp_path / "one")
-    parts = [json.loads((tmp_path / f"two/dualtoken-{r}-of-2.json").read_text()) for r in range(2)]
-    assert [part["pictures"] for part in parts] == [2, 1]
+    assert main(["eval", "generation", *options, "--output", str(tmp_path / "out"), "--template", "draw {}"]) == 0
+    assert sorted(pictures(tmp_path / "out")) == PLACES["wise"]
+    said = capsys.readouterr().out
+    assert "3 pictures drawn, 0 were there" in said and "gpt_eval.py" in said
 
 
 def test_what_cannot_be_drawn_is_counted(assistant, tmp_path):

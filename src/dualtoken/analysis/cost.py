@@ -138,12 +138,22 @@ def tokenizer_costs(tokenizer: DualTokenVisionTokenizer, batch: int = 1, repeats
     encoders = [part for part in (backbone, tokenizer.pixel_encoder, pixel, semantic) if part is not None]
     calls: dict[str, tuple[Callable[[], Any], list[nn.Module]]] = {
         "backbone to the semantic layer": (lambda: backbone.taps(images, (backbone.semantic_layer,)), [backbone]),
+        "encode up to the code vectors": (lambda: _code_vectors(tokenizer, images), encoders),
         "encode": (lambda: tokenizer.encode(images), encoders),
         "decode from pixel features": (lambda: tokenizer.decoder(features), [tokenizer.decoder]),
         "pool semantic features": (lambda: tokenizer.pool(deep), [backbone]),
     }
+    if images.is_meta:
+        del calls["encode"]  # quantisers switch autocast off, which the meta device does not know
     with learning([tokenizer], False):
         return {name: measure(call, used, repeats) for name, (call, used) in calls.items()}
+
+
+def _code_vectors(tokenizer: DualTokenVisionTokenizer, images: Tensor) -> None:
+    """What `encode` does before it looks for the nearest codes."""
+    pixel, shortcut, semantic = tokenizer._taps(images)
+    tokenizer.pixel.latent(pixel, shortcut)
+    tokenizer.semantic.latent(semantic)
 
 
 class TeacherForced:

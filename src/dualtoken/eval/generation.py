@@ -5,7 +5,7 @@ The reader (`scene_reader.py`) looks at the picture alone and knows nothing of t
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +112,10 @@ def generation(
         "model": model, "split": split, "seed": seed, "guidance": config.guidance,
         "semantic_codes": config.semantic_codes, "shares": {name: value.numbers() for name, value in found.items()},
         "outside_psnr_median": float(np.median([v.outside for v in verdicts])),
+        "protocol": {
+            "data": f"prompts from unseen scenes, split {split}", "size": size, "sampling": asdict(config),
+            "judge": "rules on the picture alone (eval/scene_reader.py)", "intervals": "95 %, Wilson",
+        },
     }  # fmt: skip
     write_json(output, result)
     return result

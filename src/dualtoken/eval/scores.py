@@ -12,6 +12,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from dualtoken.core.errors import UserError
@@ -172,6 +174,18 @@ def read_genai_bench(path: str, skills: str | None) -> Found:
     }  # fmt: skip
 
 
+class _AsTheyAre(nn.Module):
+    """In place of a feature extractor, for features that were computed once for several distances."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features  # torchmetrics asks for it
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+@torch.no_grad()
 def mjhq_distance(drawn: str, reference: str | None, weights: str | None, batch_size: int = 50) -> Found:
     """FID of a folder of drawings against the reference, overall and by category; pictures pass one batch at a time."""
     if reference is None or not Path(reference).is_dir():
@@ -182,27 +196,27 @@ def mjhq_distance(drawn: str, reference: str | None, weights: str | None, batch_
     if weights is None:
         raise UserError("--mjhq needs --inception_weights: torch-fidelity's pt_inception-2015-12-05-6726825d.pth")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    overall = inception_distance(weights).to(device)
-    by_category: dict[str, Any] = {}
+    inception = inception_distance(weights).inception.to(device)
+    distances = {"all": FrechetInceptionDistance(_AsTheyAre(inception.num_features)).to(device)}
     counts, skipped = {"drawn": defaultdict(int), "reference": defaultdict(int)}, []
     sides = {"drawn": ImageFolder(drawn, 299, "--mjhq"), "reference": ImageFolder(reference, 299, "--mjhq_reference")}
     for side, source in sides.items():
         for batch in read_in_order(source, len(source), batch_size, skipped):
-            images = batch.images.to(device)
-            overall.update(images, real=side == "reference")
+            features = inception(batch.images.to(device))
+            of = {"all": torch.arange(len(features))}
             for label in sorted(set(batch.labels.tolist()) - {-1}):
-                name = source.classes[label]
-                if name not in by_category:
-                    by_category[name] = inception_distance(weights).to(device)
-                by_category[name].update(images[batch.labels.to(device) == label], real=side == "reference")
-                counts[side][name] += int((batch.labels == label).sum())
-            counts[side]["all"] += len(images)
+                of[source.classes[label]] = (batch.labels == label).nonzero()[:, 0]
+            for name, rows in of.items():
+                if name not in distances:
+                    distances[name] = FrechetInceptionDistance(_AsTheyAre(inception.num_features)).to(device)
+                distances[name].update(features[rows.to(device)], real=side == "reference")
+                counts[side][name] += len(rows)
     if min(counts["drawn"]["all"], counts["reference"]["all"]) < 2:
         raise UserError(f"--mjhq {drawn}: a distance needs at least two pictures on either side")
-    numbers = {"FID": float(overall.compute())}
-    for name, distance in tqdm(by_category.items(), desc="categories", disable=None):
-        both = min(counts[side][name] for side in counts)
-        numbers[f"FID, {name}"] = float(distance.compute()) if both > 1 else None
+    numbers = {}
+    for name, distance in tqdm(distances.items(), desc="distances", disable=None):
+        enough = min(counts[side][name] for side in counts) > 1
+        numbers["FID" if name == "all" else f"FID, {name}"] = float(distance.compute()) if enough else None
     drawn_count, reference_count = (counts[side]["all"] for side in ("drawn", "reference"))
     return {
         "numbers": numbers, "pictures": {side: dict(of) for side, of in counts.items()}, "skipped": skipped,
