@@ -29,7 +29,7 @@ from dualtoken.training.perceptual import LPIPS
 
 MEASURED = {  # how each number of `reconstruction` comes about
     "psnr": "torchmetrics, on 8-bit pictures, mean of the pictures' values",
-    "ssim": "torchmetrics, Gaussian window of 11, on 8-bit pictures",
+    "ssim": "torchmetrics, Gaussian window of 11, borders included, on 8-bit pictures",
     "lpips": "our LPIPS on 8-bit pictures",
     "fid": "torchmetrics with torch-fidelity's Inception, which resizes to 299 px as TensorFlow does",
     "teacher_frechet": "Frechet distance of the teacher's pooled features; no FID",

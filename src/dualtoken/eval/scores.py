@@ -177,9 +177,7 @@ def read_genai_bench(path: str, skills: str | None) -> Found:
 class _AsTheyAre(nn.Module):
     """In place of a feature extractor, for features that were computed once for several distances."""
 
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features  # torchmetrics asks for it
+    num_features = 2048  # Inception's; torchmetrics asks for it
 
     def forward(self, features: Tensor) -> Tensor:
         return features
@@ -197,7 +195,7 @@ def mjhq_distance(drawn: str, reference: str | None, weights: str | None, batch_
         raise UserError("--mjhq needs --inception_weights: torch-fidelity's pt_inception-2015-12-05-6726825d.pth")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inception = inception_distance(weights).inception.to(device)
-    distances = {"all": FrechetInceptionDistance(_AsTheyAre(inception.num_features)).to(device)}
+    distances = {"all": FrechetInceptionDistance(_AsTheyAre()).to(device)}
     counts, skipped = {"drawn": defaultdict(int), "reference": defaultdict(int)}, []
     sides = {"drawn": ImageFolder(drawn, 299, "--mjhq"), "reference": ImageFolder(reference, 299, "--mjhq_reference")}
     for side, source in sides.items():
@@ -208,7 +206,7 @@ def mjhq_distance(drawn: str, reference: str | None, weights: str | None, batch_
                 of[source.classes[label]] = (batch.labels == label).nonzero()[:, 0]
             for name, rows in of.items():
                 if name not in distances:
-                    distances[name] = FrechetInceptionDistance(_AsTheyAre(inception.num_features)).to(device)
+                    distances[name] = FrechetInceptionDistance(_AsTheyAre()).to(device)
                 distances[name].update(features[rows.to(device)], real=side == "reference")
                 counts[side][name] += len(rows)
     if min(counts["drawn"]["all"], counts["reference"]["all"]) < 2:
