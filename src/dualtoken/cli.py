@@ -20,7 +20,11 @@ class Command(NamedTuple):
     optional: str = ""  # an argument that may be given without its option's name
 
 
-GROUPS = {"data": "look at data", "eval": "measure a model"}  # what groups of commands are for
+GROUPS = {
+    "data": "look at data",
+    "eval": "measure a model",
+    "analyze": "look into a model",
+}  # what groups of commands are for
 SHORT = {"-n": "--number", "--out": "--output"}  # other spellings of options
 
 
@@ -97,6 +101,38 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "dualtoken.eval.generation:generation",
             "drawings and edits of unseen scenes, judged by rule from the picture",
             "dualtoken eval generation --output result.json --pictures sheets/",
+        ),
+        "scores": Command(
+            "dualtoken.eval.scores:scores",
+            "result files of benchmarks' scorers (GenEval, WISE, ...) in one report",
+            "dualtoken eval scores --geneval results.jsonl --output report.json",
+        ),
+    },
+    "analyze": {
+        "layers": Command(
+            "dualtoken.app.analyze:layers",
+            "how alike the layers of backbones are, and where to tap them for pixels",
+            "dualtoken analyze layers --backbones mini --data photographs",
+        ),
+        "clusters": Command(
+            "dualtoken.app.analyze:clusters",
+            "pictures that shallow and deep layers put together",
+            "dualtoken analyze clusters --data photos/ --clusters 100",
+        ),
+        "feature-space": Command(
+            "dualtoken.app.analyze:feature_space",
+            "a map of pixel and semantic features, and how far they overlap",
+            "dualtoken analyze feature-space --models mini --normalize true",
+        ),
+        "codebooks": Command(
+            "dualtoken.app.analyze:codebooks",
+            "use and entropy of codes, and what one vocabulary says of the other",
+            "dualtoken analyze codebooks --model mini --data photos/",
+        ),
+        "cost": Command(
+            "dualtoken.app.analyze:cost",
+            "parameters, operations, memory and time, one vocabulary against two",
+            "dualtoken analyze cost --model paper-3b --training true",
         ),
     },
     "reproduce": Command(

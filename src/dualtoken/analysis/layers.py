@@ -33,6 +33,21 @@ def pooled_layers(backbone: Backbone, batches: Iterable[Tensor], layers: Sequenc
     return torch.cat([part.cpu() for part in parts], 1)
 
 
+def stream_similarity(backbone: Backbone, batches: Iterable[Tensor]) -> Tensor:
+    """`layer_similarity` of all layers over batches of uint8 [B, 3, S, S], one in memory at a time -> [L, L].
+
+    Raises UserError where there are no pictures.
+    """
+    total, pictures = torch.zeros(backbone.layers, backbone.layers, dtype=torch.float64), 0
+    for images in batches:
+        pooled = pooled_layers(backbone, [images])
+        total += layer_similarity(pooled).double() * pooled.shape[1]
+        pictures += pooled.shape[1]
+    if not pictures:
+        raise UserError("no pictures to compare layers with")
+    return (total / pictures).float()
+
+
 def layer_similarity(pooled: Tensor) -> Tensor:
     """Cosine of every pair of layers, averaged over the pictures (eq. 8): [L, M, C] -> [L, L]."""
     unit = F.normalize(pooled, dim=-1)
@@ -57,6 +72,15 @@ def blocks(similarity: Tensor, parts: int = 3) -> list[tuple[int, int]]:
     best = max(combinations(range(1, layers), parts - 1), key=inner)
     ends = (0, *best, layers)
     return [(a + 1, b) for a, b in pairwise(ends)]
+
+
+def suggested_pixel_layer(runs: Sequence[tuple[int, int]]) -> int:
+    """Where to tap a backbone for pixels: the last layer of its first run, the shallow one (section 3.1, Fig. 3).
+
+    The deepest layer that is still like the layers right behind the embedding: it has seen most of what the shallow
+    part makes of a picture, and nothing of what comes after it.
+    """
+    return runs[0][1]
 
 
 def contrast(similarity: Tensor, runs: list[tuple[int, int]]) -> tuple[float, float]:

@@ -60,6 +60,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+FIT = "largest centered square, resized by Pillow's antialiased bicubic filter"  # what `fit_image` does, for reports
+
+
 def fit_image(image: Image.Image, size: int) -> Image.Image:
     """The largest centred square, resized to `size` with an antialiased bicubic filter."""
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualtoken.core.errors import UserError
-from dualtoken.core.images import to_float
+from dualtoken.core.images import FIT, to_float
 from dualtoken.data.captions import CaptionedImages
 from dualtoken.data.images import Batch, DataConfig, open_source, read_in_order
 from dualtoken.data.scenes import scene
@@ -25,6 +26,16 @@ from dualtoken.tokenizer.presets import BUNDLED, open_tokenizer
 from dualtoken.tokenizer.pretrained import open_image_text
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 from dualtoken.training.perceptual import LPIPS
+
+MEASURED = {  # how each number of `reconstruction` comes about
+    "psnr": "torchmetrics, on 8-bit pictures, mean of the pictures' values",
+    "ssim": "torchmetrics, Gaussian window of 11, borders included, on 8-bit pictures",
+    "lpips": "our LPIPS on 8-bit pictures",
+    "fid": "torchmetrics with torch-fidelity's Inception, which resizes to 299 px as TensorFlow does",
+    "teacher_frechet": "Frechet distance of the teacher's pooled features; no FID",
+    "pixel_usage": "share of the codes met at least once, at any depth",
+    "semantic_usage": "share of the codes met at least once, at any depth",
+}
 
 
 @dataclass
@@ -112,7 +123,11 @@ def reconstruction(
     )
     rows = [(name, value) for name, value in asdict(result).items()]
     print(table(("measure", model), rows))
-    found = {"model": model, "data": data, **asdict(result), "skipped": skipped}
+    how = {name: text for name, text in MEASURED.items() if getattr(result, name) is not None}
+    if lpips_weights:
+        how["lpips"] += f", {lpips_net} by {Path(lpips_weights).name}"
+    protocol = _protocol(tokenizer.image_size, result.images, reference="the same pictures, cropped alike", **how)
+    found = {"model": model, "data": data, **asdict(result), "protocol": protocol, "skipped": skipped}
     write_json(output, found)
     return found
 
@@ -161,8 +176,13 @@ def zero_shot(
         found |= {name: {who: by_factor[who][name] for who in vectors} for name in FACTORS}
     rows = [(name, v["codes"], v["teacher"]) for name, v in found.items()]
     print(f"zero-shot accuracy, {len(labels)} pictures, {len(names)} classes, {len(prompts)} prompts a class")
+    protocol = _protocol(
+        opened.tokenizer.image_size, len(labels), prompts=templates or "a {}", prompts_a_class=len(prompts),
+        score="cosine with the mean of a class's prompts; accuracy of the nearest class",
+    )  # fmt: skip
     print(table(("factor", "semantic codes", "continuous teacher"), rows))
-    result = {"model": model, "data": data, "images": len(labels), "classes": len(names), **found, "skipped": skipped}
+    result = {"model": model, "data": data, "images": len(labels), "classes": len(names), **found}
+    result |= {"protocol": protocol, "skipped": skipped}
     write_json(output, result)
     return result
 
@@ -212,9 +232,17 @@ def retrieval(
     print(f"retrieval R@1 among {len(written)} pictures and {len(texts)} captions")
     print(table(("direction", "semantic codes", "continuous teacher"), [(n, *v.values()) for n, v in found.items()]))
     result = {"model": model, "data": data, "images": len(written), "captions": len(texts), **found}
-    result["skipped"] = skipped
+    score = "cosine among all; an image is right with any of its captions, equal captions are all right"
+    result |= {"protocol": _protocol(size, len(written), score=score), "skipped": skipped}
     write_json(output, result)
     return result
+
+
+def _protocol(size: int, images: int, **more: Any) -> dict[str, Any]:
+    """How it was measured, said below the numbers and beside them in the file."""
+    found = {"size": size, "images": images, "resize": FIT, **more}
+    print("\n".join(f"  {name}: {text}" for name, text in found.items()))
+    return found
 
 
 def _encoder(model: str, encoder: str | None) -> str:

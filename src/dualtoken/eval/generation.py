@@ -5,10 +5,10 @@ The reader (`scene_reader.py`) looks at the picture alone and knows nothing of t
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from dualtoken.core.images import image_bytes, save_picture, to_picture
 from dualtoken.data.scene_chat import RELATION
 from dualtoken.data.scene_text import EDIT_TYPES, Edit, caption, captions, edits, position, relation
 from dualtoken.data.scenes import SPLITS, Scene, SceneObject, scene
+from dualtoken.eval.benchmarks import write_benchmark
 from dualtoken.eval.report import Share, share, table, write_json
 from dualtoken.eval.scene_reader import SeenObject, background, read_scene, shows, shows_relation
 from dualtoken.eval.understanding import picture_of
@@ -54,8 +55,12 @@ def generation(
     semantic_codes: bool = True,
     output: str | None = None,
     pictures: str | None = None,
+    benchmark: Literal["geneval", "wise", "genai-bench", "mjhq-30k"] | None = None,
+    prompts: str | None = None,
+    samples: int | None = None,
+    template: str = "{}",
 ) -> dict[str, Any]:
-    """Measure drawings of one object and of two with a relation, and edits, on unseen scenes.
+    """Measure drawings of one object and of two with a relation, and edits, on unseen scenes; or draw a benchmark.
 
     Args:
         model: a preset, or the directory of a multimodal model.
@@ -66,15 +71,25 @@ def generation(
         seed: of the choice of prompts; picture i is drawn from seed + i.
         guidance: in place of the model's own.
         semantic_codes: false draws with pixel codes alone.
-        output: JSON file to write.
+        output: JSON file to write; with --benchmark the folder that its scorer is to read.
         pictures: folder for sheets of the first pictures of each kind.
+        benchmark: draw the prompts of a published benchmark in place of scenes, resumable, and shared by the processes
+            of accelerate launch.
+        prompts: with --benchmark: its file of prompts.
+        samples: with --benchmark geneval: pictures of each prompt, 4 as published.
+        template: with --benchmark: what the model is told, {} being the prompt, as "draw {}".
     """
+    if benchmark is None and prompts is not None:
+        raise UserError(f"--prompts {prompts}: say of which --benchmark they are")
     if drawings < 1 or edited < 1:
         raise UserError(f"--drawings {drawings}, --edited {edited}: give at least 1 of each")
     assistant = Assistant.open(model)
     config = assistant.model.draw_config
     config.guidance = config.guidance if guidance is None else guidance
     config.semantic_codes = config.semantic_codes and semantic_codes
+    if benchmark is not None:
+        how = {"samples": samples, "template": template, "batch_size": batch_size, "seed": seed}
+        return write_benchmark(assistant, model, benchmark, prompts, output, config, **how)
     found: dict[str, Share] = {}
     sheets: dict[str, list[Image.Image]] = {}
     for kind, objects in (("one object", 1), ("two objects with relation", 2)):
@@ -97,6 +112,10 @@ def generation(
         "model": model, "split": split, "seed": seed, "guidance": config.guidance,
         "semantic_codes": config.semantic_codes, "shares": {name: value.numbers() for name, value in found.items()},
         "outside_psnr_median": float(np.median([v.outside for v in verdicts])),
+        "protocol": {
+            "data": f"prompts from unseen scenes, split {split}", "size": size, "sampling": asdict(config),
+            "judge": "rules on the picture alone (eval/scene_reader.py)", "intervals": "95 %, Wilson",
+        },
     }  # fmt: skip
     write_json(output, result)
     return result

@@ -44,7 +44,7 @@ class _TeacherFeatures(nn.Module):
         return self.teacher(to_float(images))
 
 
-def _fid(weights: str) -> FrechetInceptionDistance:
+def inception_distance(weights: str) -> FrechetInceptionDistance:
     """FID with torch-fidelity's Inception weights. Raises UserError without the package or for another file."""
     what = "torch-fidelity's pt_inception-2015-12-05-6726825d.pth"
     load_torch_file(weights, "--inception_weights", what)  # torch-fidelity itself would unpickle any file
@@ -76,7 +76,7 @@ def evaluate_reconstruction(
     if teacher is not None:
         distances["teacher_frechet"] = FrechetInceptionDistance(_TeacherFeatures(teacher.to(device).eval())).to(device)
     if inception is not None:
-        distances["fid"] = _fid(inception).to(device)
+        distances["fid"] = inception_distance(inception).to(device)
     used, offsets, sizes = {"pixel": set(), "semantic": set()}, {}, {}
     for name in used:
         book = getattr(tokenizer, name).quantizer

@@ -71,6 +71,11 @@ def understanding(
         "model": model, "split": split, "seed": seed,
         "vqa": overall.numbers() | {"commonest_answer": usual.value}, "vqa_by_type": by_type,
         "captions": {name: value.numbers() for name, value in named.items()},
+        "protocol": {
+            "data": f"unseen scenes, split {split}", "size": assistant.processor.image_processor.size,
+            "answers": "the likeliest words; right if equal to the answer, behind the last colon of reasons",
+            "intervals": "95 %, Wilson",
+        },
     }  # fmt: skip
     write_json(output, result)
     return result

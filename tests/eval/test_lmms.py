@@ -1,0 +1,119 @@
+"""The model in lmms-eval, against stand-ins of its requests; with lmms-eval itself where it is installed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from dualtoken.core.errors import UserError
+from dualtoken.eval import lmms
+from dualtoken.eval.lmms import Answers, parts_of
+from dualtoken.mllm.assistant import Assistant, user
+from tests.generation.lively import lively
+
+PICTURE = Image.new("RGB", (20, 16), "red")
+DOCUMENTS = [{"picture": PICTURE, "question": "what is it ?", "answer": "a circle"}, {"picture": PICTURE}]
+
+
+def request(context, second, visuals=lambda document: [document["picture"]], number=0):
+    return SimpleNamespace(args=(context, second, visuals, number, "task", "test"))
+
+
+@pytest.fixture
+def answers(tmp_path):
+    model, processor = lively()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    found = Answers(str(tmp_path), "cpu", "2")
+    found.task_dict = {"task": {"test": DOCUMENTS}}
+    return found
+
+
+def test_answers_are_those_of_the_assistant_cut_at_stop_words(answers):
+    options = {"max_new_tokens": 6, "until": ["\n\n"], "temperature": 0, "image_aspect_ratio": "original"}
+    asked = [request("what color ?", options), request("tell a story", options, None), request("is it ?", options)]
+    found = answers.generate_until(asked)
+    chats = [[user(PICTURE, "what color ?")], [user("tell a story")], [user(PICTURE, "is it ?")]]
+    wanted = [answers.assistant.ask([chat], max_new_tokens=6)[0] for chat in chats]
+    assert found == [text.split("\n\n")[0].strip() for text in wanted] and answers.failed == []
+    assert len(set(wanted)) == 3  # it says something, and looks at what it is asked
+    answers.assistant.ask = lambda chats, **options: ["blue, I think\n\nUser: why"] * len(chats)
+    stops = ([], "\n\n", ["User", ","])
+    found = answers.generate_until([request("what color ?", {"until": stop}) for stop in stops])
+    assert found == ["blue, I think\n\nUser: why", "blue, I think", "blue"]
+
+
+def test_what_the_model_cannot_take_is_counted_and_costs_no_other_answer(answers, capsys):
+    options = {"max_new_tokens": 1000}
+    long, good = request("red " * 500, options), request("what color ?", options)
+    found = answers.generate_until([long, good, request("?", options, lambda document: ["film.mp4"])])
+    assert found[0] == found[2] == "" and [found[1]] == answers.generate_until([good]) and len(answers.failed) == 2
+    assert "2 of 3 requests got no answer" in capsys.readouterr().out
+    assert any("pictures only" in why for why in answers.failed)
+
+
+def test_the_loss_of_a_continuation_is_that_of_its_tokens(answers):
+    model, processor = answers.assistant.model, answers.assistant.processor
+    choices = ["a red circle", "a blue star", lambda document: document["answer"]]
+    found = answers.loglikelihood([request("what is it ?", choice) for choice in choices])
+    chat = processor.apply_chat_template([[user(PICTURE, "what is it ?")]], add_generation_prompt=True)
+    for (loss, _), text in zip(found, ("a red circle", "a blue star", "a circle"), strict=True):
+        ids, by_hand = chat["input_ids"], []
+        with torch.no_grad():
+            for token in processor.tokenizer.encode(text, add_special_tokens=False):
+                step = model(ids, pixel_values=chat["pixel_values"]).logits[0, -1].log_softmax(-1)
+                by_hand.append(-float(step[token]))
+                ids = torch.cat([ids, torch.tensor([[token]])], 1)
+        assert loss == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
+    with torch.no_grad():
+        likeliest = model(chat["input_ids"], pixel_values=chat["pixel_values"]).logits[0, -1].argsort(descending=True)
+    texts = {int(t): processor.tokenizer.decode([int(t)]) for t in likeliest[:2]}
+    back = {t: processor.tokenizer.encode(s, add_special_tokens=False) for t, s in texts.items()}
+    for place, token in enumerate(texts):
+        if back[token] == [token]:  # a byte that is no letter alone does not come back
+            assert answers.loglikelihood([request("what is it ?", texts[token])])[0][1] == (place == 0)
+    empty = answers.loglikelihood([SimpleNamespace(args=("", "a red circle"))])
+    assert empty[0][0] > 0 and answers.loglikelihood([request("red " * 500, "a")]) == [(float("inf"), False)]
+
+
+def test_pictures_stand_where_the_text_has_places_for_them():
+    one, two = Image.new("RGB", (2, 2)), Image.new("RGB", (3, 3))
+    assert parts_of("what is it ?", [one]) == [one, "what is it ?"]
+    assert parts_of("<image>\nwhat is it ?", [one]) == [one, "what is it ?"]
+    assert parts_of("is <image 1> like <image 2> ?", [one, two]) == ["is", one, "like", two, "?"]
+    assert parts_of("is <image 1> like it, <image 1> ?", [one]) == [one, "is  like it,  ?"]
+    assert parts_of("hello", []) == ["hello"]
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(UserError, match="--batch_size auto"):
+        Answers("mini", batch_size="auto")
+    with pytest.raises(UserError, match="--model_args pretrained nowhere"):
+        Answers("nowhere")
+
+
+def test_lmms_eval_finds_the_model():
+    pytest.importorskip("lmms_eval")
+    from lmms_eval.models import get_model
+
+    model = get_model("dualtoken")
+    assert issubclass(model, Answers) and model.is_simple and not model.__abstractmethods__
+    made = model.create_from_arg_string("pretrained=mini", {"batch_size": 2, "device": "cpu", "max_batch_size": None})
+    assert isinstance(made.assistant, Assistant) and made.rank == 0
+
+
+def test_the_entry_point_names_the_class(monkeypatch):
+    from dataclasses import dataclass
+
+    @dataclass
+    class ModelManifest:  # the fields of lmms_eval.models.registry_v2.ModelManifest
+        model_id: str
+        simple_class_path: str | None = None
+        chat_class_path: str | None = None
+        aliases: tuple[str, ...] = ()
+
+    for name in ("lmms_eval", "lmms_eval.models", "lmms_eval.models.registry_v2"):
+        monkeypatch.setitem(__import__("sys").modules, name, SimpleNamespace(ModelManifest=ModelManifest))
+    made = lmms.manifest()
+    assert made.model_id == "dualtoken" and made.simple_class_path == "dualtoken.eval.lmms_plugin.DualToken"
