@@ -84,12 +84,9 @@ def _get(url: str, max_bytes: int, until: float) -> bytes | str:
     parts = urlsplit(url)
     if parts.scheme not in CONNECTIONS or not parts.hostname:
         raise RemoteError("only http and https addresses are fetched")
-    seconds = until - time.monotonic()
-    if seconds <= 0:
-        raise RemoteError(f"the address took longer than {SECONDS:g} s")
-    connection = CONNECTIONS[parts.scheme](parts.hostname, parts.port, timeout=seconds)
+    connection = CONNECTIONS[parts.scheme](parts.hostname, parts.port, timeout=_left(until))
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    with _ended(connection, seconds):
+    with _ended(connection, _left(until)):
         connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "dualtoken"})
         response = connection.getresponse()
         if response.status in (301, 302, 303, 307, 308):
@@ -97,6 +94,7 @@ def _get(url: str, max_bytes: int, until: float) -> bytes | str:
         if response.status != 200:
             raise RemoteError(f"the address answers with status {response.status}")
         data = response.read(max_bytes + 1)
+        _left(until)  # what was cut off is no picture
     if len(data) > max_bytes:
         raise RemoteError(f"the file has more than {max_bytes} bytes")
     return data
@@ -117,3 +115,10 @@ def _ended(connection: http.client.HTTPConnection, seconds: float) -> Iterator[N
     finally:
         timer.cancel()
         connection.close()
+
+
+def _left(until: float) -> float:
+    seconds = until - time.monotonic()
+    if seconds <= 0:
+        raise RemoteError(f"the address took longer than {SECONDS:g} s")
+    return seconds
