@@ -56,6 +56,11 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "words and pictures in turn",
         'dualtoken story "tell a story in two pictures about a red star"',
     ),
+    "serve": Command(
+        "dualtoken.app.serve:serve",
+        "an HTTP server that OpenAI's clients can talk to",
+        "dualtoken serve --model mini --port 8000",
+    ),
     "encode": Command(
         "dualtoken.app.files:encode",
         "pictures -> a file of codes; shards of pictures -> shards of codes",

@@ -6,7 +6,7 @@ Files are written when everything is made, each whole or not at all, so that a s
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dualtoken.app.report import Page
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import read_image, save_picture
-from dualtoken.generation.sampling import DrawConfig, HeadSampling
+from dualtoken.generation.sampling import DrawConfig
 from dualtoken.mllm.assistant import Assistant, Progress, user
 
 
@@ -205,17 +205,8 @@ def _sampling(
     assistant: Assistant, guidance: float | None, pixel: HeadOptions, semantic: HeadOptions, semantic_codes: bool
 ) -> DrawConfig:
     """The model's way of drawing with what the person gave in its place."""
-    config = assistant.model.draw_config
-
-    def head(own: HeadSampling, given: HeadOptions) -> HeadSampling:
-        return replace(own, **{name: value for name, value in asdict(given).items() if value is not None})
-
-    return DrawConfig(
-        guidance=config.guidance if guidance is None else guidance,
-        pixel=head(config.pixel, pixel),
-        semantic=head(config.semantic, semantic),
-        semantic_codes=config.semantic_codes and semantic_codes,
-    )
+    heads = ({name: value for name, value in asdict(h).items() if value is not None} for h in (pixel, semantic))
+    return assistant.model.draw_config.changed(guidance, *heads, semantic_codes)
 
 
 @contextmanager

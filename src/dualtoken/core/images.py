@@ -23,11 +23,20 @@ class ImageError(UserError):
     """A file that is no readable picture; the text begins with its name."""
 
 
-def read_image(source: str | Path | bytes | Image.Image, name: str = "") -> Image.Image:
+def read_image(
+    source: str | Path | bytes | Image.Image,
+    name: str = "",
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
     """Open a picture as upright 8-bit RGB; the first frame of an animation, transparency over white.
 
-    Args: source: a path, the bytes of a file, or an open picture; name: what to call bytes in an error.
-    Raises ImageError where the file is missing, damaged, no picture, or beyond Pillow's limit of about 179 Mpx.
+    Args:
+        source: a path, the bytes of a file, or an open picture.
+        name: what to call bytes in an error.
+        formats: Pillow's names of those to try; None = all that it knows.
+        max_pixels: width x height of a file, judged before it is decoded.
+    Raises ImageError where the file is missing, damaged, no picture, or beyond the limit (Pillow's: about 179 Mpx).
     """
     if isinstance(source, Image.Image):
         return _as_rgb(source)
@@ -35,13 +44,16 @@ def read_image(source: str | Path | bytes | Image.Image, name: str = "") -> Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
+                if max_pixels is not None and opened.width * opened.height > max_pixels:
+                    raise ImageError(f"{name}: {opened.width} x {opened.height} pixels, more than {max_pixels:,}")
                 opened.load()
                 return _as_rgb(opened)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not a picture that Pillow can read") from None
+        kinds = f": give {', '.join(formats)}" if formats else ""
+        raise ImageError(f"{name}: not a picture that Pillow can read{kinds}") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} Mpx; make it smaller") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files

@@ -3,7 +3,7 @@
 Shapes: B images, N positions, D depth, K codebook size.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,22 @@ class DrawConfig:
         """The inverse of dataclasses.asdict."""
         heads = {name: HeadSampling(**values[name]) for name in ("pixel", "semantic")}
         return cls(**values | heads)
+
+    def changed(
+        self,
+        guidance: float | None = None,
+        pixel: dict[str, Any] | None = None,
+        semantic: dict[str, Any] | None = None,
+        semantic_codes: bool = True,
+    ) -> "DrawConfig":
+        """The same with other values where they are given. Raises UserError for a name that a head has not."""
+        heads = {}
+        for name, values in (("pixel", pixel or {}), ("semantic", semantic or {})):
+            if unknown := set(values) - set(vars(self.pixel)):
+                raise UserError(f"{name}: unknown {', '.join(sorted(unknown))}; known: {', '.join(vars(self.pixel))}")
+            heads[name] = replace(getattr(self, name), **values)
+        guidance = self.guidance if guidance is None else guidance
+        return replace(self, guidance=guidance, semantic_codes=self.semantic_codes and semantic_codes, **heads)
 
 
 def guide(logits: Tensor, guidance: float) -> Tensor:
