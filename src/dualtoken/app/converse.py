@@ -210,7 +210,8 @@ def _sampling(
     def head(own: HeadSampling, given: HeadOptions) -> HeadSampling:
         return replace(own, **{name: value for name, value in asdict(given).items() if value is not None})
 
-    return DrawConfig(
+    return replace(
+        config,
         guidance=config.guidance if guidance is None else guidance,
         pixel=head(config.pixel, pixel),
         semantic=head(config.semantic, semantic),

@@ -224,6 +224,10 @@ class ResidualQuantizer(nn.Module):
         Raises UserError for more depths than D or a code outside the codebook.
         """
         check_codes(codes, self.config)
+        return self.rows_of(codes)
+
+    def rows_of(self, codes: Tensor) -> Tensor:
+        """`lookup` of codes known to be good, without waiting for the device to look at them."""
         total = self.codebook.weight.new_zeros(*codes.shape[:-1], self.config.code_dim)
         for depth in range(codes.shape[-1]):
             total = total + self.codebook.weight[codes[..., depth]]
