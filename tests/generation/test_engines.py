@@ -84,9 +84,7 @@ def test_what_an_engine_cannot_do_is_one_error():
 
 def test_the_engine_is_kept_with_the_model_and_old_settings_have_none():
     config = DrawConfig(engine="static")
-    assert (
-        DrawConfig.from_dict(vars(replace(config)) | {"pixel": vars(FREE), "semantic": vars(FREE)}).engine == "static"
-    )
+    assert DrawConfig.from_dict(asdict(config)) == config
     old = {"guidance": 3.0, "pixel": vars(FREE), "semantic": vars(FREE), "semantic_codes": True}
     assert DrawConfig.from_dict(old).engine == "plain"
 
