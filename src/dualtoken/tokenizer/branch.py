@@ -76,9 +76,9 @@ class FixedCache(AttentionCache):
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """As above, but what is given back has places for positions yet to come."""
-        self.keys.index_copy_(2, self.at, keys)
-        self.values.index_copy_(2, self.at, values)
-        return self.keys, self.values
+        self.keys.index_copy_(2, self.at, keys.to(self.keys.dtype))  # autocast gives others than the weights'
+        self.values.index_copy_(2, self.at, values.to(self.values.dtype))
+        return self.keys.to(keys.dtype), self.values.to(values.dtype)
 
     def mask(self) -> Tensor:
         """bool [1, 1, 1, N]: positions up to the one that was added last."""
