@@ -34,6 +34,7 @@ def test_before_sees_all_positions_after_sees_only_the_past(features):
     assert torch.allclose(up(features)[:, :-1], up(changed)[:, :-1], atol=1e-6)
 
 
+@torch.no_grad()
 def test_step_by_step_equals_at_once(features):
     torch.manual_seed(0)
     up, cache = AttentionProjection(32, 64, causal=True).eval(), AttentionCache()

@@ -70,8 +70,8 @@ class FixedCache(AttentionCache):
 
     def __init__(self, like: "AttentionProjection", batch: int, positions: int, at: Tensor):
         weight = like.qkv.weight
-        room = weight.new_zeros(2, batch, like.heads, positions, weight.shape[0] // (3 * like.heads))
-        super().__init__(*room.unbind())
+        room = (batch, like.heads, positions, weight.shape[0] // (3 * like.heads))
+        super().__init__(weight.new_zeros(room), weight.new_zeros(room))
         self.at, self._numbers = at, torch.arange(positions, device=at.device)
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
