@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file
 
 from dualtoken.core.errors import UserError
-from dualtoken.tokenizer.branch import AttentionCache, AttentionProjection, Branch, BranchConfig
+from dualtoken.tokenizer.branch import AttentionCache, AttentionProjection, Branch, BranchConfig, FixedCache
 from dualtoken.tokenizer.convert import projection_name
 from dualtoken.tokenizer.quantizer import QuantizerConfig
 from tests.tokenizer.reference import FIXTURE, stored_state
@@ -34,11 +34,19 @@ def test_before_sees_all_positions_after_sees_only_the_past(features):
     assert torch.allclose(up(features)[:, :-1], up(changed)[:, :-1], atol=1e-6)
 
 
+@torch.no_grad()
 def test_step_by_step_equals_at_once(features):
     torch.manual_seed(0)
     up, cache = AttentionProjection(32, 64, causal=True).eval(), AttentionCache()
     steps = [up.step(features[:, n : n + 1], cache) for n in range(9)]
     assert torch.allclose(torch.cat(steps, 1), up(features), atol=1e-5)
+    at = torch.zeros(1, dtype=torch.int64)
+    fixed = FixedCache(up, 2, 12, at)  # room for more than there will be
+    for n, step in enumerate(steps):
+        at.fill_(n)
+        assert torch.allclose(up.step(features[:, n : n + 1], fixed), step, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(up.step(features[:, -1:], fixed).float(), steps[-1], atol=0.05)
     with pytest.raises(UserError, match="causal"):
         AttentionProjection(32, 8, causal=False).step(features[:, :1], AttentionCache())
 

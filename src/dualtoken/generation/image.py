@@ -1,7 +1,9 @@
 """Drawing: position by position through the LLM, depth by depth through both heads (eq. 5, 7).
 
 Prompts stand in the batch twice, with and without their text, for classifier-free guidance. Every pass is cached:
-the LLM's keys and values, the heads' depth steps, the causal projection behind each quantiser.
+the LLM's keys and values (`generation/llm_cache.py`), the heads' depth steps, the causal projection behind each
+quantiser. Nothing in the loop waits for the device, and but for the LLM's cache on the engine "plain" all state is
+changed in place, so that a position's whole step can be recorded as a CUDA graph.
 
 Shapes: B images, N positions, D depth, K codebook size, H width of the LLM.
 """
@@ -10,23 +12,25 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
-from dualtoken.generation.context import Context, Model, join
+from dualtoken.generation.context import Context, Model, Rows, join
+from dualtoken.generation.llm_cache import FixedContext, GrowingContext
 from dualtoken.generation.sampling import DrawConfig, HeadSampling, guide, sample, uniforms
-from dualtoken.tokenizer.branch import AttentionCache, Branch
+from dualtoken.tokenizer.branch import AttentionCache, Branch, FixedCache
+
+WARM_UP = 3  # positions drawn before a graph is recorded, so that libraries have made their choices and buffers
 
 
 class FeatureSteps:
     """Features of a drawn image while it grows: codes [B, 1, D] of the next position -> features [B, 1, C]."""
 
-    def __init__(self, branch: Branch):
-        self.branch, self.cache = branch, AttentionCache()
+    def __init__(self, branch: Branch, cache: AttentionCache | None = None):
+        self.branch, self.cache = branch, cache or AttentionCache()
 
     def __call__(self, codes: Tensor) -> Tensor:
-        return self.branch.post.step(self.branch.quantizer.lookup(codes), self.cache)
+        return self.branch.post.step(self.branch.quantizer.rows_of(codes), self.cache)
 
 
 def draw_codes_of_position(
@@ -43,6 +47,90 @@ def draw_codes_of_position(
     return torch.stack(chosen, -1)
 
 
+class Drawing:
+    """B images while they grow: `begin` draws the first position, every `advance` the next, in place."""
+
+    def __init__(self, model: Model, rows: Rows, copies: int, config: DrawConfig, seeds: list[int]):
+        settings = model.config
+        self.model, self.rows, self.copies, self.config = model, rows, copies, config
+        self.names = ("pixel", "semantic") if draws_semantic(model, config) else ("pixel",)
+        self.positions, device = settings.positions, rows.embeds.device
+        kind = GrowingContext if config.engine == "plain" else FixedContext
+        self.context = kind(model, rows.mask, rows.positions, self.positions - 1)
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)  # the position drawn last
+        depths = {name: getattr(settings, f"{name}_head")["depth"] for name in ("pixel", "semantic")}
+        self.noise = uniforms(seeds, self.positions, max(depths.values()), device)
+        self.codes = {n: torch.zeros(len(seeds), self.positions, d, dtype=torch.int64, device=device)
+                      for n, d in depths.items()}  # fmt: skip
+        branches = {name: getattr(model.vision_tokenizer, name) for name in self.names}
+        self.steps = {n: FeatureSteps(b, FixedCache(b.post, len(seeds), self.positions, self.at))
+                      for n, b in branches.items()}  # fmt: skip
+
+    def begin(self) -> None:
+        """Read the prompts and draw position 1."""
+        self._choose(self.context.read(self.rows.embeds))
+
+    def advance(self) -> None:
+        """Read the position drawn last and draw the next."""
+        features = {name: step(self.codes[name].index_select(1, self.at)) for name, step in self.steps.items()}
+        pixel = features["pixel"].to(self.rows.embeds.dtype)
+        semantic = features["semantic"].to(pixel.dtype) if "semantic" in features else torch.zeros_like(pixel)
+        embeds = self.model.projector(pixel, semantic, first=self.at)
+        hidden = self.context.read(embeds.repeat(self.copies, 1, 1))
+        self.at.add_(1)
+        self._choose(hidden)
+
+    def _choose(self, hidden: Tensor) -> None:
+        """Codes of position `at` from the state before it, [B or 2B, H]."""
+        noise = self.noise.index_select(1, self.at)[:, 0]
+        for number, name in enumerate(self.names):
+            head, sampling = getattr(self.model, f"{name}_head"), getattr(self.config, name)
+            codes = draw_codes_of_position(
+                head, hidden, sampling, self.config.guidance, noise[:, number], head.config.depth
+            )
+            self.codes[name].index_copy_(1, self.at, codes[:, None])
+
+
+def draws_semantic(model: Model, config: DrawConfig) -> bool:
+    """Whether semantic codes are drawn, and seen in what is drawn."""
+    return config.semantic_codes and model.config.output == "both"
+
+
+def steps_of(drawing: Drawing) -> Callable[[], None]:
+    """What draws one more position, by the engine: each call is a whole step.
+
+    "graph" and "compiled" record it as a CUDA graph after a few positions, so that the processor has one launch a
+    position in place of hundreds; off the GPU there is nothing to record.
+    """
+    advance = drawing.advance
+    if drawing.config.engine == "compiled":
+        advance = torch.compile(advance, dynamic=False)
+    if drawing.config.engine in ("graph", "compiled") and drawing.at.is_cuda:
+        return Recorded(advance)
+    return advance
+
+
+class Recorded:
+    """A step without arguments and results, played from a CUDA graph after some calls have been made as they are."""
+
+    def __init__(self, step: Callable[[], None]):
+        self.step, self.calls, self.graph, self.aside = step, 0, None, torch.cuda.Stream()
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            self.aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.aside):
+                self.step()
+            torch.cuda.current_stream().wait_stream(self.aside)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # recorded, not run
+                self.step()
+        self.graph.replay()
+
+
 @torch.no_grad()
 def draw(
     model: Model,
@@ -57,7 +145,7 @@ def draw(
     Args:
         contexts: what stands before `<image_gen_start>`; unconditional: the same without text, for guidance.
         seeds: B numbers; equal seed and context give an equal image, alone or in any batch.
-        callback: called after every position with (positions done, N).
+        callback: called with (positions done, N); on a GPU the work behind may still be under way.
     Returns: codes of B images, [B, N, D] each. Raises UserError where the image does not fit the context, and where
         guidance is asked for without `unconditional`.
     """
@@ -68,38 +156,12 @@ def draw(
             "guidance 1"
         )
     settings = model.config
-    semantic = config.semantic_codes and settings.output == "both"
-    begin = [settings.draw_start_id]
-    batch = [c.extend(begin) for c in (*contexts, *(unconditional if guided else ()))]
-    copies = len(batch) // len(contexts)
-    rows = join(model, batch, settings.positions, semantic)
-    cache = DynamicCache()
-    depth = settings.pixel_head["depth"]
-    noise = uniforms(seeds, settings.positions, max(depth, settings.semantic_head["depth"]), model.device)
-    steps = {name: FeatureSteps(getattr(model.vision_tokenizer, name)) for name in ("pixel", "semantic")}
-    embeds, mask, place = rows.embeds, rows.mask, rows.positions
-    drawn: dict[str, list[Tensor]] = {"pixel": [], "semantic": []}
+    batch = [c.extend([settings.draw_start_id]) for c in (*contexts, *(unconditional if guided else ()))]
+    rows = join(model, batch, settings.positions, draws_semantic(model, config))
+    drawing = Drawing(model, rows, len(batch) // len(contexts), config, seeds)
+    step = steps_of(drawing)
     for position in range(settings.positions):
-        out = model.hidden(embeds, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
-        hidden = out.last_hidden_state[:, -1]
-        features = {}
-        for number, name in enumerate(("pixel", "semantic")):
-            if name == "semantic" and not semantic:
-                features[name] = torch.zeros_like(features["pixel"])
-                continue
-            head, sampling = getattr(model, f"{name}_head"), getattr(config, name)
-            uniform = noise[:, position, number]
-            codes = draw_codes_of_position(head, hidden, sampling, config.guidance, uniform, head.config.depth)
-            drawn[name].append(codes)
-            features[name] = steps[name](codes[:, None])
+        drawing.begin() if position == 0 else step()
         if callback is not None:
             callback(position + 1, settings.positions)
-        seen = (features[name].to(embeds.dtype) for name in ("pixel", "semantic"))
-        embeds = model.projector(*seen, first=position)
-        embeds = embeds.repeat(copies, 1, 1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        place = place[:, -1:] + 1
-    pixel = torch.stack(drawn["pixel"], 1)
-    if not semantic:
-        return DualCodes(pixel, pixel.new_zeros(*pixel.shape[:2], settings.semantic_head["depth"]))
-    return DualCodes(pixel, torch.stack(drawn["semantic"], 1))
+    return DualCodes(drawing.codes["pixel"], drawing.codes["semantic"])

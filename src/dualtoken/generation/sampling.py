@@ -4,7 +4,7 @@ Shapes: B images, N positions, D depth, K codebook size.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,12 +37,20 @@ class DrawConfig:
         guidance: weight of classifier-free guidance on both heads; 1 = none, and half the work.
         pixel, semantic: sampling of each head.
         semantic_codes: False draws with pixel codes alone; the model then sees no meaning in what it draws.
+        engine: how a position is computed; the codes are the same but for rounding. "plain": any LLM. "static": all
+            state at fixed addresses. "graph": on a GPU, "static" recorded as a CUDA graph and played for every
+            position. "compiled": the step through torch.compile (minutes at first), then as "graph".
     """
 
     guidance: float = 3.0
     pixel: HeadSampling = field(default_factory=HeadSampling)
     semantic: HeadSampling = field(default_factory=HeadSampling)
     semantic_codes: bool = True
+    engine: Literal["plain", "static", "graph", "compiled"] = "plain"
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("plain", "static", "graph", "compiled"):
+            raise UserError(f"draw engine {self.engine!r} must be 'plain', 'static', 'graph' or 'compiled'")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DrawConfig":

@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput
 
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
+from dualtoken.core.linear_loss import classification_loss
 from dualtoken.core.pretrained import StrictModel
 from dualtoken.generation.generate import generate as generate_any
 from dualtoken.generation.sampling import DrawConfig
@@ -328,8 +329,8 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         config, flat = self.config, hidden.flatten(0, 1)
         ahead = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         spoken = (ahead >= 0).nonzero()[:, 0]
-        logits = self.llm.get_output_embeddings()(flat[spoken])
-        text = F.cross_entropy(logits.float(), ahead[spoken], reduction="sum")
+        classify, vocabulary = self.llm.get_output_embeddings(), config.text_config.vocab_size
+        text = classification_loss(classify, flat[spoken], ahead[spoken], vocabulary)
         pixel, semantic = (hidden.new_zeros(head["depth"]) for head in (config.pixel_head, config.semantic_head))
         places = self.places(input_ids, codes)
         positions = known = 0

@@ -53,11 +53,15 @@ class Projector(nn.Module):
             self.semantic = two_layers(in_dim, out_dim - half, out_dim - half)
         self.places = nn.Parameter(torch.randn(positions, out_dim) * 0.02) if config.places else None
 
-    def forward(self, pixel: Tensor, semantic: Tensor, first: int = 0) -> Tensor:
-        """Features of positions `first`, `first` + 1, ... -> embeds."""
+    def forward(self, pixel: Tensor, semantic: Tensor, first: int | Tensor = 0) -> Tensor:
+        """Features of positions `first` (a number, or int64 [1] on the device), `first` + 1, ... -> embeds."""
         pixel, semantic = self.norm_pixel(pixel), self.norm_semantic(semantic)
         if self.joint is not None:
             embeds = self.joint(torch.cat([pixel, semantic], -1))
         else:
             embeds = torch.cat([self.pixel(pixel), self.semantic(semantic)], -1)
-        return embeds if self.places is None else embeds + self.places[first : first + pixel.shape[1]]
+        if self.places is None:
+            return embeds
+        if isinstance(first, int):
+            return embeds + self.places[first : first + pixel.shape[1]]
+        return embeds + self.places[first + torch.arange(pixel.shape[1], device=first.device)]

@@ -8,12 +8,13 @@ Shapes: M positions, D depth, H width of the LLM, W width of the head, K codeboo
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dualtoken.core.errors import UserError
+from dualtoken.core.linear_loss import classification_loss
 from dualtoken.mllm.projector import two_layers
 from dualtoken.tokenizer.branch import AttentionCache, GatedMLP
 
@@ -62,9 +63,7 @@ class DepthBlock(nn.Module):
         """x [M, D, W] -> the same, all depths at once; with a cache x [M, 1, W] is the next depth."""
         q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in self.qkv(self.norm(x)).chunk(3, -1))
         if cache is not None:
-            cache.keys = k if cache.keys is None else torch.cat([cache.keys, k], 2)
-            cache.values = v if cache.values is None else torch.cat([cache.values, v], 2)
-            k, v = cache.keys, cache.values
+            k, v = cache.extend(k, v)
         scores = (
             q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         )  # a few depths: three times a fused kernel's speed on CPU
@@ -133,10 +132,10 @@ class VisualHead(nn.Module):
         return self.classifiers[0 if self.config.shared_classifier else depth](x)
 
     def loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Cross-entropy by depth [D] (eq. 7), summed over the M positions; one depth's logits at a time."""
+        """Cross-entropy by depth [D] (eq. 7), summed over the M positions; logits [M, D, K] are never whole."""
         x = self.features(hidden, codes)
         return torch.stack([
-            F.cross_entropy(self.classify(x[:, d], d).float(), codes[:, d], reduction="sum")
+            classification_loss(partial(self.classify, depth=d), x[:, d], codes[:, d], self.config.codebook_size)
             for d in range(self.config.depth)
         ])  # fmt: skip
 

@@ -50,6 +50,40 @@ class AttentionCache:
     keys: Tensor | None = None
     values: Tensor | None = None
 
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the next position, both [B, heads, 1, head width]; gives all there are."""
+        first = self.keys is None
+        self.keys = keys if first else torch.cat([self.keys, keys], 2)
+        self.values = values if first else torch.cat([self.values, values], 2)
+        return self.keys, self.values
+
+    def mask(self) -> Tensor | None:
+        """Which of them are seen, as scaled_dot_product_attention takes it; None = all."""
+        return None
+
+
+class FixedCache(AttentionCache):
+    """The same with room for N positions at fixed addresses, so that a pass can be recorded and played again.
+
+    `at` (int64 [1], on the device) says which position is added next; whoever made it moves it on, in place.
+    """
+
+    def __init__(self, like: "AttentionProjection", batch: int, positions: int, at: Tensor):
+        weight = like.qkv.weight
+        room = (batch, like.heads, positions, weight.shape[0] // (3 * like.heads))
+        super().__init__(weight.new_zeros(room), weight.new_zeros(room))
+        self.at, self._numbers = at, torch.arange(positions, device=at.device)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As above, but what is given back has places for positions yet to come."""
+        self.keys.index_copy_(2, self.at, keys.to(self.keys.dtype))  # autocast gives others than the weights'
+        self.values.index_copy_(2, self.at, values.to(self.values.dtype))
+        return self.keys.to(keys.dtype), self.values.to(values.dtype)
+
+    def mask(self) -> Tensor:
+        """bool [1, 1, 1, N]: positions up to the one that was added last."""
+        return (self._numbers <= self.at)[None, None, None]
+
 
 class GatedMLP(nn.Module):
     """LayerNorm, then GeGLU with a hidden width of twice the output."""
@@ -98,9 +132,8 @@ class AttentionProjection(nn.Module):
         if not self.causal:
             raise UserError("only the causal projection after quantisation can be computed position by position")
         q, k, v = self._heads(x)
-        cache.keys = k if cache.keys is None else torch.cat([cache.keys, k], 2)
-        cache.values = v if cache.values is None else torch.cat([cache.values, v], 2)
-        return self._finish(x, F.scaled_dot_product_attention(q, cache.keys, cache.values))
+        k, v = cache.extend(k, v)
+        return self._finish(x, F.scaled_dot_product_attention(q, k, v, cache.mask()))
 
     def _heads(self, x: Tensor) -> list[Tensor]:
         """Queries, keys, values, each [B, heads, N, head width]."""

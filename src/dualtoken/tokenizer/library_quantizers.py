@@ -95,6 +95,10 @@ class _LibraryQuantizer(nn.Module, ABC):
         Raises UserError for more depths than D or a code outside the codebook.
         """
         check_codes(codes, self.config)
+        return self.rows_of(codes)
+
+    def rows_of(self, codes: Tensor) -> Tensor:
+        """`lookup` of codes known to be good, without waiting for the device to look at them."""
         return self._out(self._sums(codes)[-1])
 
     @abstractmethod

@@ -68,6 +68,10 @@ class MultiCodebookQuantizer(nn.Module):
         Raises UserError for more codes than D or one outside its codebook.
         """
         check_codes(codes, self.config)
+        return self.rows_of(codes)
+
+    def rows_of(self, codes: Tensor) -> Tensor:
+        """`lookup` of codes known to be good, without waiting for the device to look at them."""
         found = self._chosen(codes, self._rows()).flatten(-2)
         return F.pad(found, (0, self.config.code_dim - found.shape[-1])).to(self.codebooks.dtype)
 

@@ -7,6 +7,7 @@ Shapes: B batch, N positions, D depth, C code width, K codebook size, M = B * N 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -197,7 +198,8 @@ class ResidualQuantizer(nn.Module):
         """Quantise x [B, N, C]; in training mode an EMA codebook takes one step after all depths."""
         with torch.autocast(x.device.type, enabled=False):
             dtype, x = x.dtype, x.float()
-            residuals, codes = self._search(x.detach())
+            residuals, chosen = zip(*self._search(x.detach()), strict=True)
+            codes = torch.stack(chosen, -1)
             total, sums = torch.zeros_like(x), []
             for depth in range(self.config.depth):
                 total = total + self.codebook.weight[codes[..., depth]]
@@ -208,7 +210,7 @@ class ResidualQuantizer(nn.Module):
                 codebook_loss = torch.stack([(x.detach() - total).square().mean() for total in sums]).mean()
             quantized = StraightThrough.apply(x, sums[-1].detach())
             if self.training and self.config.codebook == "ema":
-                self.codebook.update(residuals.flatten(1, 2), codes.flatten(0, 1).t())
+                self.codebook.update(torch.stack(residuals).flatten(1, 2), codes.flatten(0, 1).t())
             statistics = usage_and_perplexity(codes, self.config.codebook_size)
             return Quantized(quantized.to(dtype), codes, commitment, codebook_loss, *statistics)
 
@@ -216,7 +218,7 @@ class ResidualQuantizer(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Codes int64 [B, N, D] of x [B, N, C]."""
         with torch.autocast(x.device.type, enabled=False):
-            return self._search(x.float())[1]
+            return torch.stack([chosen for _, chosen in self._search(x.float())], -1)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Sum of the rows of codes [..., D'] -> [..., C], for any D' up to D.
@@ -224,18 +226,19 @@ class ResidualQuantizer(nn.Module):
         Raises UserError for more depths than D or a code outside the codebook.
         """
         check_codes(codes, self.config)
+        return self.rows_of(codes)
+
+    def rows_of(self, codes: Tensor) -> Tensor:
+        """`lookup` of codes known to be good, without waiting for the device to look at them."""
         total = self.codebook.weight.new_zeros(*codes.shape[:-1], self.config.code_dim)
         for depth in range(codes.shape[-1]):
             total = total + self.codebook.weight[codes[..., depth]]
         return total
 
-    def _search(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Residuals [D, B, N, C] that each depth saw, and codes [B, N, D]."""
-        weight = self.codebook.weight.detach().float()
-        residual, residuals, codes = x, [], []
+    def _search(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Depth by depth the residual [B, N, C] that it sees, and the codes [B, N] that it chooses."""
+        weight, residual = self.codebook.weight.detach().float(), x
         for _ in range(self.config.depth):
             chosen = nearest_codes(residual.flatten(0, -2), weight, self.config.chunk).view(x.shape[:-1])
-            residuals.append(residual)
-            codes.append(chosen)
+            yield residual, chosen
             residual = residual - weight[chosen]
-        return torch.stack(residuals), torch.stack(codes, -1)

@@ -29,6 +29,9 @@ class Quantizer(Protocol):
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes [..., D'] of the first D' <= D depths -> [..., C]; for all D what `forward` quantises to."""
 
+    def rows_of(self, codes: Tensor) -> Tensor:
+        """`lookup` without its checks: for codes that were just drawn, and must not be waited for."""
+
 
 QUANTIZERS: dict[str, Callable[[QuantizerConfig], nn.Module]] = {
     "rvq": ResidualQuantizer,

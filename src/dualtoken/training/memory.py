@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dualtoken.core.linear_loss import CHUNK
 from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.training.stages import Stage, part_of
 
-ANSWERED = 0.5  # share of the tokens of a batch that are text labels, whose logits are held: a generous guess
+ANSWERED = 0.5  # share of the tokens of a batch that are text labels: a generous guess
+LOGIT = 12  # bytes of a logit while it is used: itself, its log-softmax and its gradient in float32
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,11 @@ def stage_memory(
     llm = model.config.text_config
     block = tokens * 2 * (8 * llm.hidden_size + 3 * llm.intermediate_size)
     activations = llm.num_hidden_layers * tokens * llm.hidden_size * 2 + block
-    activations += int(ANSWERED * tokens) * llm.vocab_size * 8  # logits and their gradient in float32
+    logits = [int(ANSWERED * tokens) * llm.vocab_size]
     for head in (model.config.pixel_head, model.config.semantic_head):
-        rows = drawn * head["depth"]
-        activations += (
-            rows * head["width"] * 2 * 20 * head["layers"] + drawn * head["codebook_size"] * 8 * head["depth"]
-        )
+        activations += drawn * head["depth"] * head["width"] * 2 * 20 * head["layers"]
+        logits.append(drawn * head["codebook_size"])
+    activations += LOGIT * min(max(logits), CHUNK)  # one classifier after the other, a chunk of its logits at a time
     return Memory(learning, 4 * parameters, 12 * learning, activations)
 
 

@@ -1,0 +1,1 @@
+"""Speed and memory, ours beside the references and the hardware's limit: `python -m benchmarks --help`."""

@@ -1,0 +1,113 @@
+"""The large classifiers of MLLM training: memory and time of their cross-entropy, forward and back.
+
+References: logits whole, as most training code has them; torch's own chunked loss where this torch has it. Limit: the
+three matrix products (logits, gradient of the rows, gradient of the weights) in blocks, with nothing between them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.measure import Case, Options, Work
+from dualtoken.core.linear_loss import classification_loss
+from dualtoken.mllm.presets import SHAPES
+from dualtoken.training.memory import stage_memory
+from dualtoken.training.stages import STAGES
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows [M, W], weights [K, W], targets [M] -> scalar
+
+
+def cases(options: Options) -> list[Case]:
+    """Widths are smaller than the paper's 2048 so that a CPU is done in minutes; rows and classes are not."""
+    if options.tiny:
+        groups = {"text, tiny": (100, 8, (64,))}
+    else:
+        groups = {
+            "a head's classifier, K 16384, W 256": (16384, 256, (1024, 2048, 4096, 8192, 16384)),
+            "text, K 151936, W 256": (151936, 256, (512, 1024, 2048, 4096)),
+            "the miniature's pixel classifier, K 1024, W 96": (1024, 96, (576,)),
+        }
+    kinds: dict[str, Loss] = {"ours": chunked, "logits whole": whole}
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        kinds["torch's linear_cross_entropy, chunked"] = library
+    made = []
+    for title, (classes, width, counts) in groups.items():
+        for rows in (n for n in counts if n <= options.largest):
+            group, sizes = f"{title}, {rows} rows", (rows, width, classes)
+            series = "" if len(counts) == 1 else title.split(",")[0]
+            for name, loss in kinds.items():
+                line = series and f"{series}: {name}"
+                made.append(Case(group, name, "ours" if name == "ours" else "reference",
+                                 partial(work, loss, sizes, options), rows, line))  # fmt: skip
+            made.append(Case(group, "its matrix products alone", "limit", partial(products, sizes, options),
+                             rows, series and f"{series}: products"))  # fmt: skip
+    made.append(Case("planned memory of stage 4-1 at 3B, 8 samples of 384 tokens", "ours", "ours", plan))
+    return made
+
+
+def chunked(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return classification_loss(lambda rows: F.linear(rows, weight), x, target, len(weight))
+
+
+def whole(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight).float(), target, reduction="sum")
+
+
+def library(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x, weight, target, reduction="sum", options=options)
+
+
+def tensors(sizes: tuple[int, int, int], options: Options) -> tuple[Tensor, Tensor]:
+    rows, width, classes = sizes
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, width), torch.randn(classes, width) * width**-0.5
+    return tuple(t.to(options.device).requires_grad_() for t in (x, weight))
+
+
+def work(loss: Loss, sizes: tuple[int, int, int], options: Options) -> Work:
+    x, weight = tensors(sizes, options)
+    target = torch.randint(len(weight), (len(x),), generator=torch.Generator().manual_seed(1)).to(options.device)
+
+    def run() -> None:
+        x.grad = weight.grad = None
+        loss(x, weight, target).backward()
+
+    return Work(run, len(x), "rows")
+
+
+def products(sizes: tuple[int, int, int], options: Options) -> Work:
+    x, weight = (t.detach() for t in tensors(sizes, options))
+    gradient, block = torch.zeros_like(weight), max(1, 2**24 // len(weight))
+
+    def run() -> None:
+        for rows in x.split(block):
+            logits = rows @ weight.t()
+            logits @ weight
+            gradient.addmm_(logits.t(), rows)
+
+    return Work(run, len(x), "rows")
+
+
+def plan() -> Work:
+    """GiB on one GPU by `training/memory.py`, dual codes against pixel codes alone."""
+    found = {}
+
+    def run() -> None:
+        model = SHAPES["paper-3b"].build()
+        dual = stage_memory(model, STAGES["4-1"], 8 * 384, 8 * 256)
+        # Without the second vocabulary: no semantic head, no semantic half of the projector's first layer.
+        head = sum(p.numel() for p in model.semantic_head.parameters())
+        half = model.projector.joint[0].weight.numel() // 2
+        branch = model.vision_tokenizer.semantic
+        kept = sum(p.numel() for part in (branch.quantizer, branch.post) for p in part.parameters())
+        depths, width, layers = (model.config.semantic_head[k] for k in ("depth", "width", "layers"))
+        activations = 8 * 256 * depths * width * 2 * 20 * layers
+        single = dual.total - 16 * (head + half) - 4 * kept - activations
+        found.update({"dual GiB": dual.total / 2**30, "single GiB": single / 2**30,
+                      "dual over single": dual.total / single})  # fmt: skip
+
+    return Work(run, facts=lambda: found)

@@ -1,0 +1,101 @@
+"""Ways of computing a position, all with the codes of the plain one."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from dualtoken.core.errors import UserError
+from dualtoken.generation import image
+from dualtoken.generation.context import split
+from dualtoken.generation.llm_cache import FixedContext, GrowingContext
+from dualtoken.generation.sampling import DrawConfig, HeadSampling
+from dualtoken.mllm.projector import ProjectorConfig
+from dualtoken.tokenizer.quantizer import QuantizerConfig
+from dualtoken.tokenizer.quantizers import QUANTIZERS, build_quantizer
+from tests.generation.lively import chats, inputs, lively, shared
+
+LIKELIEST, FREE = HeadSampling(temperature=0.0), HeadSampling(temperature=1.0, top_k=0, top_p=1.0)
+
+
+def draw(model, given, engine, guidance, sampling, **options):
+    config = DrawConfig(guidance, sampling, sampling, engine=engine, **options)
+    return model.generate(**given, generation_mode="image", draw=config, seed=5)
+
+
+def same(one, two):
+    return torch.equal(one.pixel, two.pixel) and torch.equal(one.semantic, two.semantic)
+
+
+@pytest.mark.parametrize("sampling", [LIKELIEST, FREE], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("engine", ["static", "graph"])  # off the GPU, "graph" has nothing to record
+def test_pictures_are_those_of_the_plain_engine(engine, guidance, sampling):
+    model, processor = shared()
+    given = inputs(processor, chats())  # prompts of different length, so that rows are padded
+    plain = draw(model, given, "plain", guidance, sampling)
+    assert same(draw(model, given, engine, guidance, sampling), plain)
+    assert same(
+        draw(model, given, engine, guidance, sampling, semantic_codes=False),
+        draw(model, given, "plain", guidance, sampling, semantic_codes=False),
+    )
+    assert len({tuple(row) for row in plain.pixel.flatten(1).tolist()}) > 1
+
+
+def test_a_model_with_learnt_places_draws_the_same():
+    model, processor = lively(projector=ProjectorConfig(places=True))
+    given = inputs(processor, chats()[:2])
+    assert same(draw(model, given, "static", 3.0, FREE), draw(model, given, "plain", 3.0, FREE))
+
+
+def test_a_compiled_step_draws_the_same(monkeypatch):
+    real = torch.compile
+    # The graph as torch.compile takes it from the code, run without a C++ compiler.
+    monkeypatch.setattr(torch, "compile", lambda step, **options: real(step, backend="eager", **options))
+    model, processor = shared()
+    given = inputs(processor, chats()[:2])
+    assert same(draw(model, given, "compiled", 3.0, FREE), draw(model, given, "plain", 3.0, FREE))
+
+
+@torch.no_grad()
+def test_states_on_fixed_addresses_are_those_of_growing_ones():
+    model, processor = shared()
+    given = inputs(processor, chats())
+    rows = image.join(model, split(model.config, given["input_ids"], given["attention_mask"],
+                                   model.look(given["pixel_values"])), 3)  # fmt: skip
+    contexts = [kind(model, rows.mask, rows.positions, 3) for kind in (GrowingContext, FixedContext)]
+    more = torch.randn(len(rows.mask), 3, 32, generator=torch.Generator().manual_seed(0))
+    for embeds in (rows.embeds, *more.split(1, 1)):
+        growing, fixed = (context.read(embeds) for context in contexts)
+        torch.testing.assert_close(fixed, growing, atol=1e-5, rtol=1e-5)
+    where = contexts[1].cache.layers[0].keys.data_ptr()
+    contexts[1].read(more[:, :1])
+    assert contexts[1].cache.layers[0].keys.data_ptr() == where
+
+
+def test_what_an_engine_cannot_do_is_one_error():
+    with pytest.raises(UserError, match="draw engine 'fast' must be"):
+        DrawConfig(engine="fast")
+    model, processor = lively()
+    model.llm.config.layer_types = ["sliding_attention", "full_attention"]
+    with pytest.raises(UserError, match=r"layers of full_attention, sliding_attention .* engines but 'plain'"):
+        draw(model, inputs(processor, chats()[:1]), "static", 1.0, FREE)
+
+
+def test_the_engine_is_kept_with_the_model_and_old_settings_have_none():
+    config = DrawConfig(engine="static")
+    assert DrawConfig.from_dict(asdict(config)) == config
+    old = {"guidance": 3.0, "pixel": vars(FREE), "semantic": vars(FREE), "semantic_codes": True}
+    assert DrawConfig.from_dict(old).engine == "plain"
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_rows_of_codes_are_those_that_are_looked_up(kind):
+    if kind in ("residual_lfq", "residual_fsq", "simvq"):
+        pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    quantizer = build_quantizer(QuantizerConfig(kind=kind, codebook_size=64, code_dim=8, depth=2)).eval()
+    codes = torch.randint(64, (3, 5, 2))
+    assert torch.equal(quantizer.rows_of(codes), quantizer.lookup(codes))
+    with pytest.raises(UserError, match="this codebook has 64 rows"):
+        quantizer.lookup(codes + 64)
