@@ -52,6 +52,11 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "words and pictures in turn",
         'dualtoken story "tell a story in two pictures about a red star"',
     ),
+    "app": Command(
+        "dualtoken.app.web:app",
+        "a model in the browser: tokenize, look, draw, edit, tell",
+        "dualtoken app --port 7860",
+    ),
     "encode": Command(
         "dualtoken.app.files:encode",
         "pictures -> a file of codes; shards of pictures -> shards of codes",

@@ -51,6 +51,7 @@ def draw(
     config: DrawConfig,
     seeds: list[int],
     callback: Callable[[int, int], None] | None = None,
+    watch: Callable[[DualCodes], None] | None = None,
 ) -> DualCodes:
     """Draw one image for each context [B].
 
@@ -58,6 +59,7 @@ def draw(
         contexts: what stands before `<image_gen_start>`; unconditional: the same without text, for guidance.
         seeds: B numbers; equal seed and context give an equal image, alone or in any batch.
         callback: called after every position with (positions done, N).
+        watch: called after every position with the codes so far, [B, n, D]; what it raises ends the drawing.
     Returns: codes of B images, [B, N, D] each. Raises UserError where the image does not fit the context, and where
         guidance is asked for without `unconditional`.
     """
@@ -94,12 +96,19 @@ def draw(
             features[name] = steps[name](codes[:, None])
         if callback is not None:
             callback(position + 1, settings.positions)
+        if watch is not None:
+            watch(_joined(drawn, settings.semantic_head["depth"]))
         seen = (features[name].to(embeds.dtype) for name in ("pixel", "semantic"))
         embeds = model.projector(*seen, first=position)
         embeds = embeds.repeat(copies, 1, 1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         place = place[:, -1:] + 1
+    return _joined(drawn, settings.semantic_head["depth"])
+
+
+def _joined(drawn: dict[str, list[Tensor]], semantic_depth: int) -> DualCodes:
+    """Codes [B, D] of each position -> of all; semantic ones are 0 where none were drawn."""
     pixel = torch.stack(drawn["pixel"], 1)
-    if not semantic:
-        return DualCodes(pixel, pixel.new_zeros(*pixel.shape[:2], settings.semantic_head["depth"]))
+    if not drawn["semantic"]:
+        return DualCodes(pixel, pixel.new_zeros(*pixel.shape[:2], semantic_depth))
     return DualCodes(pixel, torch.stack(drawn["semantic"], 1))
