@@ -109,6 +109,11 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "tables and figures of the paper",
         "dualtoken reproduce fig3 --out reproduced",
     ),
+    "report": Command(
+        "dualtoken.app.result_page:report",
+        "results of eval and reproduce -> one page to read",
+        "dualtoken report result.json --output report.html",
+    ),
     "convert": Command(
         "dualtoken.tokenizer.convert:convert",
         "a tokenizer checkpoint of the paper's repository -> directories of ours",
