@@ -62,8 +62,7 @@ class Page:
         self.parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
 
     def write(self, path: Path) -> None:
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>'
-        title = f"<title>{html.escape(self.title)}</title>"
-        path.write_text(
-            f'<!doctype html><html lang="en"><head>{head}{title}</head><body>{"".join(self.parts)}</body></html>'
-        )
+        meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        head = f"{meta}<style>{STYLE}</style><title>{html.escape(self.title)}</title>"
+        body = "".join(self.parts)
+        path.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>')
