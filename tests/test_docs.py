@@ -1,5 +1,6 @@
 """The documentation holds: its Python runs, its commands exist, its site builds, its notebooks run."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_commands_of_the_pages_exist(page, words):
     while not isinstance(table, Command):
         assert left and left[0] in table, f"{page}: no command {' '.join(words)}"
         table = table[left.pop(0)]
-    for option, value in zip(left, left[1:], strict=False):
+    for option, value in itertools.pairwise(left):
         if option == "--config" and not value.endswith(".yaml"):
             assert (RECIPES / f"{value}.yaml").is_file(), f"{page}: no recipe {value}"
 
