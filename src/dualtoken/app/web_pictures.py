@@ -1,6 +1,7 @@
 """The tabs Draw and Edit: pictures that appear row by row."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import gradio as gr
@@ -42,9 +43,13 @@ def draw_tab(assistant: Assistant) -> None:
     with gr.Row():
         with_semantic, without = gallery(BOTH), gallery(PIXEL_ONLY)
 
-    def draw(prompt: str, number: int, compare: bool, *controls: Any, progress: gr.Progress = gr.Progress()) -> Any:
+    def draw(
+        prompt: str, number: int, compare: bool, guidance: float, pixel: float, semantic: float, seed: float | None,
+        progress: gr.Progress = gr.Progress(),
+    ) -> Any:  # fmt: skip
         with errors_in_page():
-            shown = studio.draw(assistant, prompt, int(number), sampling_of(*controls), compare)
+            chosen = sampling_of(guidance, pixel, semantic, seed)
+            shown = studio.draw(assistant, prompt, int(number), chosen, compare)
             yield from _galleries(shown, progress, (BOTH, PIXEL_ONLY))
 
     event = gr.on([button.click, prompt.submit], draw, [prompt, number, compare, *sampling], [with_semantic, without],
@@ -67,10 +72,13 @@ def edit_tab(assistant: Assistant) -> None:
                 place = gr.Row()
             edited = gallery("edited")
 
-    def edit(picture: str | None, instruction: str, number: int, *controls: Any,
-             progress: gr.Progress = gr.Progress()) -> Any:  # fmt: skip
+    def edit(
+        picture: str | None, instruction: str, number: int, guidance: float, pixel: float, semantic: float,
+        seed: float | None, progress: gr.Progress = gr.Progress(),
+    ) -> Any:  # fmt: skip
         with errors_in_page():
-            shown = studio.edit(assistant, picture, instruction, int(number), sampling_of(*controls))
+            chosen = sampling_of(guidance, pixel, semantic, seed)
+            shown = studio.edit(assistant, picture, instruction, int(number), chosen)
             for (pictures,) in _galleries(shown, progress, ("edited",)):
                 yield pictures
 
@@ -81,7 +89,8 @@ def edit_tab(assistant: Assistant) -> None:
 
 
 def _galleries(shown: Iterator[Shown], progress: gr.Progress, names: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-    """What the galleries of these names show after every row."""
-    for state in shown:
-        progress((state.done, state.total), desc="positions", unit="positions")
-        yield tuple(large(state.pictures.get(name, [])) for name in names)
+    """What the galleries of these names show after every row; closing it stops the drawing."""
+    with closing(shown):
+        for state in shown:
+            progress((state.done, state.total), desc="positions", unit="positions")
+            yield tuple(large(state.pictures.get(name, [])) for name in names)

@@ -1,5 +1,6 @@
 """The tabs Look and Story: talking about pictures, and words and pictures in turn."""
 
+from contextlib import closing
 from typing import Any
 
 import gradio as gr
@@ -44,8 +45,9 @@ def look_tab(assistant: Assistant) -> None:
         with errors_in_page():
             chat = [*said, message(text, picture if picture != last else None)]
             growing = ""
-            for growing in studio.answer(assistant, chat):
-                yield for_chatbot([*chat, {"role": "assistant", "content": growing}]), said, last, text
+            with closing(studio.answer(assistant, chat)) as answers:
+                for growing in answers:
+                    yield for_chatbot([*chat, {"role": "assistant", "content": growing}]), said, last, text
             chat.append({"role": "assistant", "content": growing})
             yield for_chatbot(chat), chat, picture, ""
 
@@ -71,13 +73,17 @@ def story_tab(assistant: Assistant) -> None:
             drawing = shown_picture("being drawn", "the picture that is being drawn", height=200)
             told = gr.Chatbot(label="story", **CHATBOT)
 
-    def tell(prompt: str, picture: str | None, most: int, *controls: Any, progress: gr.Progress = gr.Progress()) -> Any:
+    def tell(
+        prompt: str, picture: str | None, most: int, guidance: float, pixel: float, semantic: float,
+        seed: float | None, progress: gr.Progress = gr.Progress(),
+    ) -> Any:  # fmt: skip
         with errors_in_page():
+            chosen, state = sampling_of(guidance, pixel, semantic, seed), studio.Told()
             pictures = [] if picture is None else [read_image(picture)]
-            state = studio.Told()
-            for state in studio.tell(assistant, prompt, pictures, int(most), sampling_of(*controls)):
-                progress((state.number, int(most)), desc=f"picture {state.number}", unit="pictures")
-                yield None if state.drawing is None else enlarged(state.drawing), gr.skip()
+            with closing(studio.tell(assistant, prompt, pictures, int(most), chosen)) as states:
+                for state in states:
+                    progress((state.number, int(most)), desc=f"picture {state.number}", unit="pictures")
+                    yield None if state.drawing is None else enlarged(state.drawing), gr.skip()
             reply = [gr.Image(enlarged(part), show_label=False, interactive=False, format="png", alt_text=prompt,
                               buttons=["download"]) if not isinstance(part, str) else part
                      for part in state.parts]  # fmt: skip
