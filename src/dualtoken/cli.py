@@ -61,6 +61,11 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "an HTTP server that OpenAI's clients can talk to",
         "dualtoken serve --model mini --port 8000",
     ),
+    "app": Command(
+        "dualtoken.app.web:app",
+        "a model in the browser: tokenize, look, draw, edit, tell",
+        "dualtoken app --port 7860",
+    ),
     "encode": Command(
         "dualtoken.app.files:encode",
         "pictures -> a file of codes; shards of pictures -> shards of codes",
@@ -144,6 +149,11 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "dualtoken.paper.reproduce:reproduce",
         "tables and figures of the paper",
         "dualtoken reproduce fig3 --out reproduced",
+    ),
+    "report": Command(
+        "dualtoken.app.result_page:report",
+        "results of eval and reproduce -> one page to read",
+        "dualtoken report result.json --output report.html",
     ),
     "convert": Command(
         "dualtoken.tokenizer.convert:convert",

@@ -4,6 +4,7 @@ Files are written when everything is made, each whole or not at all, so that a s
 """
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -172,7 +173,7 @@ def story(
         parts = assistant.tell(
             [[user(*pictures, prompt)]], max_images, config, seed, progress, max_new_tokens=max_new_tokens
         )[0]
-    page, folder, drawn = Page(prompt), Path(output), 0
+    page, folder, drawn = Page(prompt, command=f"dualtoken story {shlex.quote(prompt)}"), Path(output), 0
     for part in parts:
         if isinstance(part, str):
             print(part)
@@ -182,7 +183,7 @@ def story(
         place = folder / f"{drawn}.png"
         save_picture(_enlarged(part, scale), place)
         print(f"[picture: {place}]")
-        page.picture(place, f"picture {drawn}")
+        page.picture(place, f"picture {drawn}", f"picture {drawn} of the story, drawn by the model: {prompt}")
     folder.mkdir(parents=True, exist_ok=True)
     page.write(folder / "index.html")
     print(f"written: {folder / 'index.html'}")

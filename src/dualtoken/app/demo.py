@@ -29,7 +29,7 @@ from dualtoken.tokenizer.presets import BUNDLED, encoder_directory, open_encoder
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 
 SHOWN, QUERIES, NEIGHBORS = 8, 6, 5
-COLUMNS = ("", "zero-shot", "T2I R@1", "I2T R@1", "rFID", "PSNR", "SSIM")
+COLUMNS = ("", "zero-shot, %", "T2I R@1, %", "I2T R@1, %", "rFID", "PSNR, dB", "SSIM")
 PAPER = (  # Table 1; zero-shot on ImageNet, the rest on the data named there
     ("paper: SigLIP2-So/16-256 (continuous)", 83.4, 21.5, 22.0, None, None, None),
     ("paper: DualToken (SigLIP2-So/16-256)", 82.3, 21.1, 21.9, 0.52, 28.03, 0.726),
@@ -75,7 +75,7 @@ def demo(
     tokenizer = open_tokenizer(model)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    page = Page("DualToken miniature: two vocabularies of pictures, one model that reads and writes both")
+    page = Page("DualToken: two vocabularies of pictures, one model that reads and writes both", "mini", _command(seed))
     page.text(
         "Pixel codes are taken from a shallow layer of a vision transformer, semantic codes from a deep layer of the "
         "same one. Only pixel codes are turned back into pictures; only semantic codes are asked what is in them. The "
@@ -101,6 +101,10 @@ def demo(
     page.write(folder / "index.html")
     write_json(folder / "metrics.json", metrics)
     print(f"look at {folder / 'index.html'} ({metrics['seconds']:.0f} s)")
+
+
+def _command(seed: int) -> str:
+    return "dualtoken demo" + (f" --seed {seed}" if seed else "")
 
 
 def _own_pictures(image: str | list[str] | None) -> dict[str, Path]:
@@ -274,7 +278,7 @@ def _measure(page: Page, model: str, images: int) -> dict:
         f"{scenes['teacher_frechet']:.3g}."
     )
     page.table(
-        ("", "PSNR", "SSIM", "pixel codebook used", "semantic codebook used"),
+        ("", "PSNR, dB", "SSIM, 1 = equal", "pixel codebook used, share of 1", "semantic codebook used, share of 1"),
         [
             (name, m["psnr"], m["ssim"], m["pixel_usage"], m["semantic_usage"])
             for name, m in ((f"{images} unseen scenes", scenes), (f"{photos['images']} photographs", photos))

@@ -28,6 +28,7 @@ def generate(
     num_images_per_prompt: int,
     max_images: int,
     callback: Any,
+    watch: Any = None,
     **text_options,
 ) -> Tensor | DualCodes | list:
     """Answer, draw, or both, for prompts [B, T] padded on the left.
@@ -37,7 +38,7 @@ def generate(
         unconditional: ids and mask of the prompts without text, with the same pictures, for guidance.
         seed: one number, or one for each prompt; the j-th image of a prompt uses seed + j.
         num_images_per_prompt: for mode "image"; max_images: of one reply, for "interleaved".
-        callback: called with (positions done, N) while drawing.
+        callback: called with (positions done, N) while drawing; watch: with the codes so far, [B, n, D].
         text_options: of transformers' generate.
     Raises UserError for an unknown mode, too long a prompt, and pictures that do not fit the placeholders.
     """
@@ -63,5 +64,5 @@ def generate(
         each = range(num_images_per_prompt)
         several = [c for c in contexts for _ in each]
         empty = None if plain is None else [c for c in plain for _ in each]
-        return draw(model, several, empty, draw_config, [s + j for s in seeds for j in each], callback)
-    return interleave(model, contexts, plain, draw_config, seeds, max_images, callback, **text_options)
+        return draw(model, several, empty, draw_config, [s + j for s in seeds for j in each], callback, watch)
+    return interleave(model, contexts, plain, draw_config, seeds, max_images, callback, watch, **text_options)

@@ -139,6 +139,7 @@ def draw(
     config: DrawConfig,
     seeds: list[int],
     callback: Callable[[int, int], None] | None = None,
+    watch: Callable[[DualCodes], None] | None = None,
 ) -> DualCodes:
     """Draw one image for each context [B].
 
@@ -146,6 +147,7 @@ def draw(
         contexts: what stands before `<image_gen_start>`; unconditional: the same without text, for guidance.
         seeds: B numbers; equal seed and context give an equal image, alone or in any batch.
         callback: called with (positions done, N); on a GPU the work behind may still be under way.
+        watch: called after every position with the codes so far, [B, n, D]; what it raises ends the drawing.
     Returns: codes of B images, [B, N, D] each. Raises UserError where the image does not fit the context, and where
         guidance is asked for without `unconditional`.
     """
@@ -164,4 +166,6 @@ def draw(
         drawing.begin() if position == 0 else step()
         if callback is not None:
             callback(position + 1, settings.positions)
+        if watch is not None:
+            watch(DualCodes(*(drawing.codes[name][:, : position + 1].clone() for name in ("pixel", "semantic"))))
     return DualCodes(drawing.codes["pixel"], drawing.codes["semantic"])

@@ -39,6 +39,7 @@ def interleave(
     seeds: list[int],
     max_images: int = 4,
     callback: Callable[[int, int], None] | None = None,
+    watch: Callable[[DualCodes], None] | None = None,
     **options,
 ) -> list[Reply]:
     """Go on with each context until it ends or has drawn `max_images`.
@@ -67,7 +68,7 @@ def interleave(
         if wanting:
             chosen = [contexts[i] for i in wanting], None if plain is None else [plain[i] for i in wanting]
             numbers = [seeds[i] + len(replies[i].images) for i in wanting]
-            codes = draw(model, *chosen, config, numbers, callback)
+            codes = draw(model, *chosen, config, numbers, callback, watch)
             for place, row in enumerate(wanting):
                 replies[row].parts.append(codes[place])
                 contexts[row] = contexts[row].draw(model.config, codes[place])

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
+from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.generation.interleaved import Reply
 from dualtoken.generation.sampling import DrawConfig
@@ -16,6 +17,7 @@ from dualtoken.mllm.processor import DualTokenProcessor
 
 Chat = list[dict[str, Any]]
 Progress = Callable[[int, int], None]
+Watch = Callable[[DualCodes], None]
 
 
 def user(*parts: Any) -> dict[str, Any]:
@@ -51,9 +53,13 @@ class Assistant:
         config: DrawConfig | None = None,
         seed: int | list[int] = 0,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ) -> list[list[Image.Image]]:
-        """`count` pictures of each prompt; picture j of a prompt comes from its seed + j."""
-        return self._draw([[user(prompt)] for prompt in prompts], count, config, seed, progress)
+        """`count` pictures of each prompt; picture j of a prompt comes from its seed + j.
+
+        progress: told (positions done, N); watch: shown the codes so far, [B, n, D].
+        """
+        return self._draw([[user(prompt)] for prompt in prompts], count, config, seed, progress, watch)
 
     def edit(
         self,
@@ -63,12 +69,13 @@ class Assistant:
         config: DrawConfig | None = None,
         seed: int | list[int] = 0,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ) -> list[list[Image.Image]]:
         """Each picture (file, bytes, array or PIL picture) changed as its instruction says, `count` times."""
         if len(pictures) != len(instructions):
             raise UserError(f"{len(pictures)} pictures and {len(instructions)} instructions: give one for each")
         chats = [[user(text, picture)] for picture, text in zip(pictures, instructions, strict=True)]  # as in training
-        return self._draw(chats, count, config, seed, progress)
+        return self._draw(chats, count, config, seed, progress, watch)
 
     def tell(
         self,
@@ -77,22 +84,23 @@ class Assistant:
         config: DrawConfig | None = None,
         seed: int | list[int] = 0,
         progress: Progress | None = None,
+        watch: Watch | None = None,
         **options: Any,
     ) -> list[list[str | Image.Image]]:
         """Replies of words and pictures; the model decides when to draw."""
         replies: list[Reply] = self.model.generate(
             **self._inputs(chats), generation_mode="interleaved", draw=config, seed=seed, max_images=max_images,
-            callback=progress, **options,
+            callback=progress, watch=watch, **options,
         )  # fmt: skip
         return [self.processor.read(reply, self.model.decode_image_tokens) for reply in replies]
 
     def _draw(
         self, chats: Sequence[Chat], count: int, config: DrawConfig | None, seed: int | list[int],
-        progress: Progress | None,
+        progress: Progress | None, watch: Watch | None,
     ) -> list[list[Image.Image]]:  # fmt: skip
         codes = self.model.generate(
             **self._inputs(chats), generation_mode="image", num_images_per_prompt=count, draw=config, seed=seed,
-            callback=progress,
+            callback=progress, watch=watch,
         )  # fmt: skip
         pictures = self.processor.image_processor.postprocess(self.model.decode_image_tokens(codes))
         return [pictures[i : i + count] for i in range(0, len(pictures), count)]

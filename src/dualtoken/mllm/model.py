@@ -373,6 +373,7 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         num_images_per_prompt: int = 1,
         max_images: int = 4,
         callback: Callable[[int, int], None] | None = None,
+        watch: Callable[[DualCodes], None] | None = None,
         **text_options,
     ):
         """Answer, draw, or both, for prompts [B, T] padded on the left. See `generation.generate` for the options.
@@ -392,6 +393,7 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
             num_images_per_prompt=num_images_per_prompt,
             max_images=max_images,
             callback=callback,
+            watch=watch,
             **text_options,
         )
 

@@ -1,0 +1,101 @@
+"""Pieces that several tabs of the web app share: pictures to pick, sampling, errors in the page, one queue."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from dualtoken.app.studio import Sampling
+from dualtoken.app.token_view import enlarged
+from dualtoken.core.errors import UserError
+from dualtoken.core.images import read_image
+from dualtoken.data.images import photographs
+from dualtoken.data.scenes import scene
+from dualtoken.mllm.assistant import Assistant
+
+MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # one request at a time, the others wait in line
+QUIET = {"api_visibility": "private"}  # no entry in the page's API: `dualtoken serve` has one
+SIDE = 192  # px of a drawn scene on the page
+
+
+@contextmanager
+def errors_in_page() -> Iterator[None]:
+    """A mistake of the person's is said in the page, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+@lru_cache(maxsize=1)
+def samples() -> list[Image.Image]:
+    """Pictures to pick: unseen scenes, and photographs that scikit-image ships."""
+    drawn = [Image.fromarray(scene(index, "test").render(SIDE)) for index in range(6)]
+    return drawn + [read_image(path) for path in photographs(SIDE).files[:2]]
+
+
+def picture_input(label: str, pick: str = "or pick one") -> gr.Image:
+    """A place for a picture with some below it to pick from; its value is a path, or None."""
+    with gr.Column(min_width=220):
+        picture = gr.Image(
+            label=label, type="filepath", image_mode=None, format="png", height=260,
+            sources=["upload", "clipboard"], buttons=[],
+        )  # fmt: skip
+        picked = gr.Gallery(
+            samples(), label=pick, columns=4, height=130, allow_preview=False, format="png", buttons=[],
+            interactive=False,
+        )  # fmt: skip
+
+    def pick_one(event: gr.SelectData) -> Image.Image:
+        return samples()[event.index]
+
+    picked.select(pick_one, None, picture, queue=False, **QUIET)
+    return picture
+
+
+def shown_picture(label: str, alt: str, **options: Any) -> gr.Image:
+    """A place for a picture that the app makes."""
+    options = {"buttons": ["download", "fullscreen"]} | options
+    return gr.Image(label=label, alt_text=alt, interactive=False, format="png", type="pil", **options)
+
+
+def gallery(label: str, columns: int = 4, **options: Any) -> gr.Gallery:
+    """A place for several pictures that the app makes."""
+    return gr.Gallery(
+        label=label, columns=columns, format="png", interactive=False, object_fit="contain",
+        buttons=["download", "fullscreen"], **options,
+    )  # fmt: skip
+
+
+def large(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Pictures enlarged for the page."""
+    return [enlarged(picture) for picture in pictures]
+
+
+def sampling_controls(assistant: Assistant) -> list[gr.components.Component]:
+    """Guidance, temperature of both heads and seed, in the order of `Sampling`, as the model has them."""
+    own = assistant.model.draw_config
+    with gr.Row():
+        return [
+            gr.Slider(1, 10, own.guidance, step=0.5, label="guidance (1 = none)"),
+            gr.Slider(0, 2, own.pixel.temperature, step=0.05, label="temperature, pixel head"),
+            gr.Slider(0, 2, own.semantic.temperature, step=0.05, label="temperature, semantic head"),
+            gr.Number(0, precision=0, minimum=0, label="seed"),
+        ]
+
+
+def sampling_of(guidance: float, pixel: float, semantic: float, seed: float | None) -> Sampling:
+    """What the controls say. Raises UserError for a seed that is none."""
+    if seed is None or not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed}: give a whole number from 0 to {2**32 - 1}")
+    return Sampling(guidance, pixel, semantic, int(seed))
+
+
+def stop_button(*events: Any) -> gr.Button:
+    """A button that ends what these events began."""
+    button = gr.Button("Stop", variant="stop", min_width=80)
+    button.click(None, cancels=list(events), queue=False, **QUIET)
+    return button

@@ -1,0 +1,114 @@
+"""The page in a real browser: every tab once, with a model of a few thousand parameters; no call leaves the machine."""
+
+import shutil
+
+import pytest
+from PIL import Image
+
+from dualtoken.mllm.assistant import Assistant
+from tests import tiny
+
+pytest.importorskip("gradio", reason="the extra app is not installed")
+
+from dualtoken.app import web, web_words
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WAIT = 60_000  # ms
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return web.build(Assistant(*tiny.mllm()), "tiny")
+
+
+@pytest.fixture(scope="module")
+def page(blocks):
+    """The page with its `asked` addresses and its `errors`."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if BROWSER is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    _, address, _ = web.launch(blocks, "127.0.0.1", 0)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        opened = browser.new_page(viewport={"width": 1280, "height": 1400})
+        opened.set_default_timeout(WAIT)
+        opened.asked, opened.errors = [], []
+        opened.on("request", lambda request: opened.asked.append(request.url))
+        opened.on("pageerror", lambda error: opened.errors.append(str(error)))
+        opened.goto(address)
+        opened.address = address
+        yield opened
+        browser.close()
+    blocks.close()
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "shown.png"
+    Image.linear_gradient("L").convert("RGB").save(path)
+    return str(path)
+
+
+def open_tab(page, name):
+    """The panel of a tab."""
+    page.get_by_role("tab", name=name, exact=True).click()
+    return page.get_by_role("tabpanel").locator("visible=true").first
+
+
+def test_tokenize_shows_maps_and_the_codes_of_a_clicked_place(page, picture):
+    tab = open_tab(page, "Tokenize")
+    tab.locator("input[type=file]").first.set_input_files(picture)
+    for label in ("the picture, cut to a square", "the picture rebuilt from its pixel codes", "map of the pixel codes"):
+        page.get_by_alt_text(label, exact=True).wait_for()
+    page.get_by_alt_text("map of the pixel codes", exact=True).click(position={"x": 20, "y": 20})
+    tab.get_by_text("Position 0", exact=True).wait_for()
+
+
+def test_look_answers_and_says_mistakes(page):
+    tab = open_tab(page, "Look")
+    tab.get_by_role("button", name="Ask", exact=True).click()
+    tab.get_by_test_id("bot").first.wait_for()
+    tab.get_by_label("message", exact=True).fill("")
+    tab.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text("write a message first").first.wait_for()
+
+
+def test_draw_shows_both_ways_side_by_side(page):
+    tab = open_tab(page, "Draw")
+    tab.get_by_role("button", name="Draw", exact=True).click()
+    tab.locator(".grid-wrap img").nth(7).wait_for()  # four pictures in each of two ways
+
+
+def test_edit_changes_a_picture_and_asks_for_one(page, picture):
+    tab = open_tab(page, "Edit")
+    tab.get_by_role("button", name="Edit", exact=True).click()
+    page.get_by_text("give a picture to change").first.wait_for()
+    tab.locator("input[type=file]").first.set_input_files(picture)
+    tab.get_by_role("button", name="Edit", exact=True).click()
+    tab.locator(".grid-wrap img").nth(9).wait_for()  # eight to pick from, two edited
+
+
+def test_story_is_told(page):
+    tab = open_tab(page, "Story")
+    tab.get_by_role("button", name="Tell", exact=True).click()
+    tab.get_by_test_id("bot").first.wait_for()
+
+
+def test_the_page_asks_nobody_else_and_breaks_nowhere(page):
+    assert page.asked and page.errors == []
+    elsewhere = [a for a in page.asked if not a.startswith((page.address, "data:", "blob:"))]
+    assert elsewhere == []
+
+
+def test_telemetry_is_off(blocks):
+    assert blocks.analytics_enabled is False
+
+
+def test_messages_for_the_page_are_those_for_the_model(picture):
+    said = web_words.message("what is it ?", picture)
+    assert said["content"][0] == {"type": "image", "path": picture}
+    shown = web_words.for_chatbot([said, {"role": "assistant", "content": ""}])
+    assert shown == [
+        {"role": "user", "content": [{"path": picture}, "what is it ?"]},
+        {"role": "assistant", "content": "(no reply)"},
+    ]
