@@ -84,7 +84,7 @@ class Variant:
 
     def _changes(self, setting: Setting) -> dict[str, Any]:
         """What both scales share."""
-        return {"seed": self.seed, "encoder": None if self.encoder else setting.encoder or setting.model}
+        return {"seed": self.seed, "encoder": None if self.encoder else setting.encoder or "mini"}
 
     def _losses(self, features: float, pooled: float) -> dict[str, float]:
         losses = {"features": features * self.means, "pooled": 0.0 if self.own_encoder else pooled * self.means}
@@ -151,6 +151,6 @@ def taps(setting: Setting, encoder: Part | None = None) -> Taps:
     if encoder is not None:
         depth = encoder.content()["backbone"]["overrides"]["depth"]
         return Taps(max(1, depth // 4), depth - 1, depth)
-    shape, _ = load_backbone(setting.encoder or setting.model, BackboneConfig(""))
+    shape, _ = load_backbone(setting.encoder or "mini", BackboneConfig(""))
     made = Backbone(shape)
     return Taps(made.pixel_layer, made.semantic_layer, made.layers)
