@@ -11,6 +11,7 @@ from dualtoken.paper.table3 import CASES
 from dualtoken.paper.trained import Part, identity, merge
 from dualtoken.paper.variants import Taps, Variant
 
+LOOP = {"save_every": 1, "eval_every": 0, "tracker": "none"}
 TINY = ["--budget", "0.1", "--pictures", "50"]
 
 
@@ -71,7 +72,7 @@ def test_table3_and_table10_run_through_and_share_what_they_train(tmp_path, few,
 def test_a_stopped_part_goes_on(tmp_path, monkeypatch):
     setting = Setting(out=tmp_path, budget=0.3)
     part = Variant("x", 2, 5).part(setting)
-    part = Part(part.name, part.command, part.recipe, part.changes | {"loop": {"save_every": 1, "tracker": "none"}})
+    part = Part(part.name, part.command, part.recipe, part.changes | {"loop": LOOP})
     done, train = [], trained.COMMANDS["train-tokenizer"]
 
     def stops(**told):

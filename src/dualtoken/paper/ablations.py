@@ -7,6 +7,7 @@ Tables 7 and 8 have the same miniature rows.
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 from dualtoken.paper.experiment import Result, Row, Setting
 from dualtoken.paper.measure import Judge, over_seeds
@@ -74,7 +75,7 @@ def layer_findings(id: str, name: str, found: dict[int, dict[str, float | None]]
         if id == "table9":
             said.append(f"{name}: between neighbors {max(values) - min(values):.2f} {unit} ({listed}).")
         else:
-            falls = all(a >= b for a, b in zip(values, values[1:], strict=False))
+            falls = all(a >= b for a, b in pairwise(values))
             verdict = "the claim that deeper is worse holds" if falls else "no fall with depth, against the paper"
             said.append(f"{name}, {unit}: {verdict} ({listed}).")
     return said

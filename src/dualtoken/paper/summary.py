@@ -1,4 +1,4 @@
-"""The summary of `dualtoken reproduce all`: index.md with what follows from each, and index.html with everything in it."""
+"""The summary of `dualtoken reproduce all`: index.md, what follows from each; index.html, everything in one file."""
 
 import json
 from collections.abc import Sequence
