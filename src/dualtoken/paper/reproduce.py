@@ -7,6 +7,7 @@ from typing import Literal
 from dualtoken.core.errors import UserError
 from dualtoken.eval.report import table
 from dualtoken.paper.ablations import table7, table8, table9, table10
+from dualtoken.paper.costs import figure6, table11
 from dualtoken.paper.experiment import BUDGET, Experiment, Setting, finished, run
 from dualtoken.paper.layers import figure3, figure7, figure8
 from dualtoken.paper.multimodal import figure5, table2, table4, table5, table6, table12
@@ -57,6 +58,8 @@ EXPERIMENTS = {
             ("table6", paper_table("table6").title, "one tokenizer draws better than two separate encoders",
              table6, 25),
             ("table12", paper_table("table12").title, "competitive on GenEval and WISE", table12, 2),
+            ("table11", paper_table("table11").title, "a second kind of codes costs little", table11, 2),
+            ("fig6", paper_figure("fig6").title, paper_figure("fig6").claim, figure6, 6),
             ("fig5", paper_figure("fig5").title, paper_figure("fig5").claim, figure5, 1),
         )
     },
