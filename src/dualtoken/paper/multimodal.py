@@ -43,7 +43,7 @@ def look_part(setting: Setting, input: str, tokenizer: Part | None = None) -> Pa
     steps = setting.steps(LOOK_STEPS)
     changes = {
         "seed": setting.seed, "model": {"input": input}, "recipe": {"look": {"steps": steps}}, "loop": LOOP,
-        "data": {"scenes": pool(steps)},
+        "data": {"scenes": pool(steps), "held_out": 1},
     }  # fmt: skip
     return Part(
         f"look-{input}", "train-mllm", "mini-look", changes, {"vision_tokenizer": tokenizer} if tokenizer else {}
@@ -55,7 +55,7 @@ def draw_part(setting: Setting, output: str) -> Part:
     steps = setting.steps(DRAW_STEPS)
     changes = {
         "seed": setting.seed, "model": {"output": output}, "recipe": {"draw": {"steps": steps}}, "loop": LOOP,
-        "data": {"scenes": pool(steps)},
+        "data": {"scenes": pool(steps), "held_out": 1},
     }  # fmt: skip
     return Part(f"draw-{output}", "train-mllm", "mini-draw", changes, {"start": look_part(setting, "both")})
 
@@ -250,7 +250,7 @@ def from_nothing(setting: Setting, tokenizer: Part) -> Part:
     small = yaml.safe_load((RECIPES / "mini-look.yaml").read_text())["small"]
     changes = {
         "seed": setting.seed, "start": None, "small": small, "recipe": {"draw": {"steps": steps}}, "loop": LOOP,
-        "data": {"scenes": pool(steps)},
+        "data": {"scenes": pool(steps), "held_out": 1},
     }  # fmt: skip
     return Part("draw-new", "train-mllm", "mini-draw", changes, {"vision_tokenizer": tokenizer})
 
