@@ -47,9 +47,10 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
     assert finished(tmp_path / "table1.json", Setting(out=tmp_path, seed=1))
     monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abd")
     assert not finished(tmp_path / "table1.json", Setting(out=tmp_path, seed=1))
-    assert (
-        main(["reproduce", "all", "--out", str(tmp_path)]) == 0 and "table1.md" in (tmp_path / "README.md").read_text()
-    )
+    assert main(["reproduce", "all", "--out", str(tmp_path)]) == 0
+    assert "table1.md" in (tmp_path / "index.md").read_text()
+    page = (tmp_path / "index.html").read_text()
+    assert "a finding" in page and "psnr (paper)" in page and "27.12" in page
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,41 @@ def draw_similarity(path: Path, similarity: Tensor, runs: Sequence[tuple[int, in
     return _save(figure, path)
 
 
+def draw_curves(
+    path: Path,
+    curves: dict[str, Sequence[tuple[float, float]]],
+    levels: dict[str, float],
+    marks: dict[str, float],
+    axes_names: tuple[str, str],
+) -> Path:
+    """Curves of points (x, y), levels as dashed lines over all x, marks as dotted lines over all y."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=1.5, label=name)
+    for number, (name, level) in enumerate(levels.items()):
+        axes.axhline(level, ls="--", lw=1, color=(PIXEL, SEMANTIC)[number % 2], label=name)
+    for name, mark in marks.items():
+        axes.axvline(mark, ls=":", lw=1, color=TEACHER, label=name)
+    axes.set_xlabel(axes_names[0])
+    axes.set_ylabel(axes_names[1])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)
+    return _save(figure, path)
+
+
+def draw_scatter(path: Path, panels: dict[str, dict[str, Tensor]]) -> Path:
+    """Panels side by side, each of named sets of points [M, 2]."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4), squeeze=False, layout="constrained")
+    for place, (title, sets) in zip(axes[0], panels.items(), strict=True):
+        for (name, points), color in zip(sets.items(), (PIXEL, SEMANTIC), strict=False):
+            place.scatter(*points.numpy().T, s=5, color=color, label=name)
+        place.set_title(title, fontsize=9)
+        place.set_xticks([])
+        place.set_yticks([])
+        place.legend(fontsize=7, frameon=False)
+    return _save(figure, path)
+
+
 def draw_clusters(path: Path, groups: Sequence[Tensor]) -> Path:
     """Clusters of pictures, each uint8 [k, 3, S, S], a row each."""
     figure, axes = _grid(

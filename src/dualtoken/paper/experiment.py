@@ -18,6 +18,7 @@ from dualtoken.core.errors import UserError
 from dualtoken.eval.report import cell, write_json
 
 Scale = Literal["mini", "full"]
+BUDGET = 30.0  # minutes of a table for which the steps of the miniatures are meant
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Setting:
         weights: what is measured (see `needs` of the experiment); None = the bundled miniature (mini only).
         encoder: the image-text encoder that a tokenizer started from.
         pictures: how many pictures at most; None = the experiment's own number.
+        budget: minutes of a table; trains every part for `budget / BUDGET` of its steps (mini only).
+        parts: folder of trained parts; None = in `out`.
+        inception: torch-fidelity's Inception weights, for rFID.
     """
 
     scale: Scale = "mini"
@@ -38,6 +42,9 @@ class Setting:
     encoder: str | None = None
     pictures: int | None = None
     seed: int = 0
+    budget: float = BUDGET
+    parts: Path | None = None
+    inception: str | None = None
 
     @property
     def source(self) -> str:
@@ -51,6 +58,15 @@ class Setting:
         """How many pictures."""
         return self.pictures or (mini if self.scale == "mini" else full)
 
+    def steps(self, mini: int) -> int:
+        """Steps of a part of the miniature within the budget, at least 2."""
+        return max(2, round(mini * self.budget / BUDGET))
+
+    @property
+    def cache(self) -> Path:
+        """Folder of trained parts."""
+        return (self.parts or self.out / "parts").resolve()
+
 
 @dataclass
 class Row:
@@ -63,11 +79,17 @@ class Row:
 
 @dataclass
 class Result:
-    """What an experiment found. findings: what follows, in sentences; pictures: file name -> caption."""
+    """What an experiment found.
+
+    Args: findings: what follows, in sentences; pictures: file name -> caption; parts: name of each trained part ->
+        minutes of its training; seeds: where several were used.
+    """
 
     rows: list[Row]
     findings: list[str] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,8 @@ class Experiment:
         make: does the work; pictures are written into `Setting.out`.
         minutes: of the miniature on two cores, about.
         needs: what full scale needs: "data" and/or "weights" and/or "encoder".
-        wants: which data and weights these are in the paper.
+        wants: which data and weights these are in the paper; without `full`, how full scale is measured instead.
+        full: whether this command makes it at full scale.
     """
 
     title: str
@@ -88,9 +111,12 @@ class Experiment:
     minutes: float
     needs: tuple[str, ...]
     wants: str
+    full: bool = True
 
     def check(self, id: str, setting: Setting) -> None:
         """Raise UserError where full scale lacks something."""
+        if setting.scale == "full" and not self.full:
+            raise UserError(f"reproduce {id} is made in miniature only; at full scale: {self.wants}")
         missing = [name for name in self.needs if getattr(setting, name) is None]
         if setting.scale == "full" and missing:
             options = ", ".join(f"--{name}" for name in missing)
@@ -105,8 +131,9 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
     result = experiment.make(setting)
     head = {
         "id": id, "title": experiment.title, "claim": experiment.claim, "scale": setting.scale,
-        "model": setting.model, "data": setting.source, "seeds": [setting.seed], "commit": commit(),
-        "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2),
+        "model": setting.model, "data": setting.source, "seeds": result.seeds or [setting.seed], "commit": commit(),
+        "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2), "budget": setting.budget,
+        "parts": result.parts,
     }  # fmt: skip
     rows = [{"name": row.name, "measured": row.measured, "paper": row.paper, "scale": setting.scale}
             for row in result.rows]  # fmt: skip
@@ -130,6 +157,9 @@ def page(head: dict[str, Any], result: Result) -> str:
     lines += ["", *(f"- {finding}" for finding in result.findings), ""]
     lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in result.pictures.items()]
     told = f"Model {head['model']}, data {head['data']}, seeds {head['seeds']}, commit {head['commit'] or 'unknown'}"
+    if head["parts"]:
+        trained = f"{len(head['parts'])} trained parts, {sum(head['parts'].values()):.1f} minutes of training in all"
+        told += f", {trained} (budget {head['budget']:g})"
     lines.append(f"{told}, {head['hardware']}, {head['minutes']} minutes: `dualtoken reproduce {head['id']}`.")
     return "\n".join(lines) + "\n"
 
@@ -140,8 +170,9 @@ def finished(place: Path, setting: Setting) -> bool:
         found = json.loads(place.read_text())
     except (OSError, ValueError):
         return False
-    asked = {"scale": setting.scale, "model": setting.model, "data": setting.source, "seeds": [setting.seed]}
-    return all(found.get(key) == value for key, value in asked.items()) and found.get("commit") == commit() is not None
+    asked = {"scale": setting.scale, "model": setting.model, "data": setting.source, "budget": setting.budget}
+    same = all(found.get(key) == value for key, value in asked.items()) and found["seeds"][0] == setting.seed
+    return same and found.get("commit") == commit() is not None
 
 
 def commit() -> str | None:

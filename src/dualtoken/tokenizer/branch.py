@@ -23,12 +23,14 @@ class BranchConfig:
     """A branch: its quantiser, and an optional second tap.
 
     `shortcut_scale` > 0 adds layer `shortcut_layer`, projected, to the latent before quantisation. The paper has no
-    such path; its repository adds layer 4 with 0.6.
+    such path; its repository adds layer 4 with 0.6. `joined`, of the semantic branch only: it is the pixel branch, one
+    codebook for both, as in row (a) of Table 3.
     """
 
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     shortcut_scale: float = 0.0
     shortcut_layer: int = 4
+    joined: bool = False
 
 
 @dataclass

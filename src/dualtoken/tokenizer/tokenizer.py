@@ -7,13 +7,14 @@
 Shapes: B batch, N positions, P class or register tokens of the backbone (0 for SigLIP), D depth, C width.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
 
 from dualtoken.core.codes import DualCodes
+from dualtoken.core.errors import UserError
 from dualtoken.core.pretrained import StrictModel
 from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
 from dualtoken.tokenizer.branch import Branch, BranchConfig, BranchOutput
@@ -76,8 +77,14 @@ class DualTokenVisionTokenizer(StrictModel):
     def __init__(self, config: DualTokenVisionConfig):
         super().__init__(config)
         self.backbone = Backbone(BackboneConfig(**config.backbone))
-        self.pixel = Branch(self.backbone.width, _branch(config.pixel))
-        self.semantic = Branch(self.backbone.width, _branch(config.semantic))
+        pixel, semantic = _branch(config.pixel), _branch(config.semantic)
+        self.pixel = Branch(self.backbone.width, pixel)
+        self.joined = semantic.joined
+        if self.joined:
+            _check_joined(self.backbone, pixel, config.pixel_encoder is not None)
+            self.__dict__["semantic"] = self.pixel  # not registered: its weights are there once, as the pixel branch's
+        else:
+            self.semantic = Branch(self.backbone.width, semantic)
         self.decoder = Decoder(self.backbone.width, self.backbone.grid, DecoderConfig(**config.decoder))
         self.pixel_encoder = None
         if config.pixel_encoder is not None:
@@ -98,7 +105,8 @@ class DualTokenVisionTokenizer(StrictModel):
     def encode(self, images: Tensor) -> DualCodes:
         """Images [B, 3, H, W] -> codes, pixel int64 [B, N, D] and semantic int64 [B, P + N, D]."""
         pixel, shortcut, semantic = self._taps(images)
-        return DualCodes(self.pixel.encode(pixel, shortcut), self.semantic.encode(semantic))
+        codes = self.pixel.encode(pixel, shortcut)
+        return DualCodes(codes, codes.clone() if self.joined else self.semantic.encode(semantic))
 
     def features(self, codes: DualCodes) -> tuple[Tensor, Tensor]:
         """Codes -> features after quantisation: pixel [B, N, C] and semantic [B, P + N, C]."""
@@ -134,7 +142,11 @@ class DualTokenVisionTokenizer(StrictModel):
         """Reconstruct images [B, 3, H, W] with gradients; in training mode EMA codebooks take a step."""
         pixel_features, shortcut, semantic_features = self._taps(images)
         pixel = self.pixel(pixel_features, shortcut)
-        semantic = self.semantic(semantic_features)
+        if self.joined:  # what moves the codebook counts once
+            none = pixel.commitment.new_zeros(())
+            semantic = replace(pixel, commitment=none, codebook_loss=none)
+        else:
+            semantic = self.semantic(semantic_features)
         return TokenizerOutput(self.decoder(pixel.features), pixel, semantic, self.pool(semantic.features))
 
     def _taps(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -150,6 +162,17 @@ class DualTokenVisionTokenizer(StrictModel):
         shortcut = found[wanted["shortcut"]][:, prefix:] if "shortcut" in wanted else None
         pixel = found[wanted["pixel"]][:, prefix:] if "pixel" in wanted else self.pixel_encoder(images)
         return pixel, shortcut, found[wanted["semantic"]]
+
+
+def _check_joined(backbone: Backbone, pixel: BranchConfig, own_encoder: bool) -> None:
+    """Raise UserError where one codebook cannot serve for both."""
+    if backbone.pixel_layer != backbone.semantic_layer:
+        raise UserError(
+            f"semantic.joined: one codebook needs one layer, backbone.pixel_layer is {backbone.pixel_layer} and "
+            f"backbone.semantic_layer {backbone.semantic_layer}: give both the same number"
+        )
+    if backbone.prefix or own_encoder or pixel.shortcut_scale:
+        raise UserError("semantic.joined: not for backbones with class tokens, nor with a pixel_encoder or a shortcut")
 
 
 @torch.no_grad()

@@ -1,0 +1,107 @@
+"""Table 11 and appendix D: what a second vocabulary costs; Figure 6: whether two kinds of features share a space.
+
+Measured by `analysis/cost.py` and `analysis/feature_space.py`, which are loaded when they are used.
+"""
+
+import torch
+from torch import nn
+
+from dualtoken.app.figures import draw_scatter
+from dualtoken.core.images import to_float
+from dualtoken.data.images import DataConfig, open_source, read_in_order
+from dualtoken.mllm.presets import SHAPES, open_mllm
+from dualtoken.mllm.projector import two_layers
+from dualtoken.paper.experiment import Result, Row, Setting
+from dualtoken.paper.measure import BATCH, device
+from dualtoken.paper.multimodal import two_encoders
+from dualtoken.paper.numbers import paper_table
+from dualtoken.paper.trained import minutes, train_parts
+from dualtoken.tokenizer.presets import open_tokenizer
+
+FULL = "paper-3b"
+MEASURES = ("training memory, MiB", "drawing one picture, s", "forward, GFLOPs")
+WIDTH = 512  # to which the features of a picture are averaged (appendix F.3)
+
+
+def table11(setting: Setting) -> Result:
+    """One kind of codes against two: measured on this device, and counted at the paper's size from shapes alone."""
+    from dualtoken.analysis.cost import mllm_costs, ratio
+
+    paper, rows, said = paper_table("table11"), [], []
+    model = open_mllm(setting.model)[0].to(device())
+    for name, built in ((setting.model, model), (f"{FULL}, counted from shapes", SHAPES[FULL].build())):
+        costs = mllm_costs(built, training=True)
+        step, forward = costs["training step, gradients included"], costs["forward of a prompt and a picture"]
+        drawing = costs.get("drawing one picture", {})
+        for token in ("single", "dual"):
+            seconds = drawing[token].seconds if token in drawing else None
+            values = (step[token].memory / 2**20, seconds, forward[token].flops / 1e9)
+            measured = {key: value for key, value in zip(MEASURES, values, strict=True) if value is not None}
+            printed = paper.row(f"{token} token").values if built is model else {}
+            rows.append(Row(f"{name}: {token} token", measured, printed))
+        times = {"memory": ratio(step, "memory"), "GFLOPs": ratio(forward, "flops")}
+        if drawing:
+            times["time"] = ratio(drawing, "seconds")
+        listed = ", ".join(f"{key} {value:.3f}" for key, value in times.items() if value)
+        said.append(f"{name}, dual over single: {listed} (the paper: memory 1.060, time 1.136, GFLOPs 1.025).")
+    rows += appendix_d()
+    together = rows[-1].measured["share"]
+    said.append(
+        f"At full size the second vocabulary adds {together:.2f} % of the LLM's parameters (the paper: 8.93 %)."
+    )
+    return Result(rows, said)
+
+
+def appendix_d() -> list[Row]:
+    """Parameters, in millions, that the second vocabulary adds at the paper's size."""
+    built = SHAPES[FULL].build()  # on the meta device: no values
+    hidden, head = built.config.text_config.hidden_size, built.semantic_head
+    added = {
+        "projector": _count(built.projector.joint) - _count(two_layers(built.feature_width, hidden, hidden)),
+        "visual head": _count(head) - _count(head.embedding),
+        "code embedding": _count(head.embedding),
+    }
+    paper = paper_table("appendixD")
+    rows = [Row(f"appendix D: {name}", {"parameters, M": n / 1e6}, paper.row(name).values) for name, n in added.items()]
+    total = sum(added.values())
+    measured = {"parameters, M": total / 1e6, "share": 100 * total / _count(built.llm)}
+    return [*rows, Row("appendix D: together", measured, paper.row("together").values)]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@torch.no_grad()
+def figure6(setting: Setting) -> Result:
+    """Shallow and deep layer of one encoder, and two separate encoders, each pair as points of one UMAP."""
+    from dualtoken.analysis.feature_space import Clouds, embed, overlap
+
+    part = two_encoders(setting).part(setting)
+    train_parts([part], setting)
+    one, two = (open_tokenizer(name).to(device()) for name in (setting.model, str(part.model(setting))))
+    count = setting.count(500, 1000)
+    layers = (one.backbone.pixel_layer, one.backbone.semantic_layer)
+    clouds = {"one encoder: shallow and deep layer": Clouds(count, WIDTH), "two encoders": Clouds(count, WIDTH)}
+    source = open_source(DataConfig(setting.source), one.image_size, "test", "--data")
+    for batch in read_in_order(source, count, BATCH, []):
+        images = to_float(batch.images.to(device()))
+        (deep,) = two.backbone.taps(images, (two.backbone.semantic_layer,))
+        pairs = one.backbone.taps(images, layers), (two.pixel_encoder(images), deep)
+        for cloud, pair in zip(clouds.values(), pairs, strict=True):
+            cloud.add(*pair)
+    rows, panels = [], {}
+    for name, cloud in clouds.items():
+        first, second = cloud.rows(normalize=True)
+        points = torch.from_numpy(embed(torch.cat([first, second]), setting.seed))
+        panels[name] = {"pixels": points[: len(first)], "meaning": points[len(first) :]}
+        rows.append(Row(name, {"overlap on the map": overlap(*panels[name].values()),
+                               "overlap in all dimensions": overlap(first, second)}))  # fmt: skip
+    draw_scatter(setting.out / "fig6.png", panels)
+    single, apart = (row.measured["overlap on the map"] for row in rows)
+    verdict = "as in the paper" if single > apart + 0.1 else "no more than that, unlike the paper"
+    said = [
+        f"Neighbors of the other kind, 1 as if mixed: {single:.2f} in one encoder, {apart:.2f} between two encoders: "
+        f"{verdict}. Every picture's features are brought to mean 0 and deviation 1 first."
+    ]
+    return Result(rows, said, {"fig6.png": "UMAP of unseen pictures"}, minutes([part], setting))

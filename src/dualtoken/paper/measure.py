@@ -1,0 +1,129 @@
+"""What a tokenizer keeps of pixels and of meaning, measured in the same way for every row of every table.
+
+In miniature one pass over unseen scenes; at full scale the commands of `dualtoken eval` with ImageNet's names.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dualtoken.core.images import to_float
+from dualtoken.data.images import Batch, DataConfig, open_source, read_in_order
+from dualtoken.eval.commands import reconstruction, zero_shot
+from dualtoken.eval.reconstruction import evaluate_reconstruction
+from dualtoken.eval.zero_shot import Embed, accuracy, class_vectors, embed_texts, quantized_embed, retrieval
+from dualtoken.paper.experiment import Setting
+from dualtoken.paper.trained import Part, remembered
+from dualtoken.tokenizer.presets import open_tokenizer
+from dualtoken.tokenizer.pretrained import open_image_text
+
+BATCH = 50
+PIXELS = ("psnr", "ssim", "teacher_frechet")
+MEANING = ("zero_shot", "text_to_image", "image_to_text", "teacher_cosine")
+
+
+def device() -> str:
+    """Where models run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Judge:
+    """Unseen scenes with the vectors of a teacher and of their captions; measures tokenizers that began with it."""
+
+    def __init__(self, setting: Setting, encoder: str):
+        self.setting, self.name = setting, encoder
+        self.count = setting.count(500, 50000)
+
+    @cached_property
+    def pair(self) -> Any:
+        """The image-text encoder with its text tokenizer."""
+        pair = open_image_text(self.name)
+        pair.encoder.eval().to(device())
+        return pair
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The pictures."""
+        source = open_source(DataConfig(self.setting.source), self.pair.encoder.backbone.image_size, "test", "--data")
+        self.classes = source.classes
+        return list(read_in_order(source, self.count, BATCH, []))
+
+    @cached_property
+    def teacher(self) -> Tensor:
+        """Unit vectors [M, C] of the pictures by the continuous encoder."""
+        return self._embed(self.pair.encoder.embed_image)
+
+    def teacher_row(self) -> dict[str, float]:
+        """The teacher itself, as `measure` gives it."""
+        return self._meaning(self.teacher)
+
+    def measure(self, part: Part, pixels: bool = True, meaning: bool = True) -> dict[str, float | None]:
+        """PSNR, SSIM and a Frechet distance; zero-shot accuracy and R@1, in percent. None for what does not apply.
+
+        The part has been trained; what was measured once is kept in its folder.
+        """
+        folder, model = part.folder(self.setting), part.model(self.setting)
+        place = folder / f"measured-{self.setting.scale}-{self.count}.json"
+        found = remembered(place, lambda: self._measure(model))
+        wanted = {name for names, asked in ((PIXELS, pixels), (MEANING, meaning)) if asked for name in names}
+        wanted |= {"rfid"} if pixels else set()
+        return {name: value if name in wanted else None for name, value in found.items()}
+
+    def _measure(self, model: Path) -> dict[str, float | None]:
+        if self.setting.scale == "full":
+            return self._measure_full(str(model))
+        tokenizer = open_tokenizer(str(model)).to(device())
+        pictures = (batch.images for batch in self.batches)
+        back = evaluate_reconstruction(tokenizer, pictures, self.pair.encoder.backbone)
+        return {name: getattr(back, name) for name in PIXELS} | self._meaning(self._embed(quantized_embed(tokenizer)))
+
+    def _measure_full(self, model: str) -> dict[str, float | None]:
+        told = {"model": model, "encoder": self.name, "data": self.setting.source, "images": self.count}
+        back = reconstruction(**told, inception_weights=self.setting.inception)
+        seen = zero_shot(**told, classes="imagenet", templates="openai")
+        found = {name: back[name] for name in PIXELS} | {"rfid": back["fid"]}
+        return found | {"zero_shot": 100 * seen["accuracy"]["codes"]}
+
+    @torch.no_grad()
+    def _embed(self, embed: Embed) -> Tensor:
+        return torch.cat([embed(to_float(batch.images.to(device()))).cpu() for batch in self.batches])
+
+    def _meaning(self, vectors: Tensor) -> dict[str, float]:
+        """Unit vectors [M, C] of all pictures -> measures, in percent but for the cosine with the teacher's."""
+        labels = torch.cat([batch.labels for batch in self.batches])
+        known = labels >= 0  # scenes of one object, by color and shape
+        by_class = accuracy(vectors[known], self._classes, labels[known]) if bool(known.any()) else float("nan")
+        there, back = retrieval(vectors, self._texts, [[text] for text in self._captions])
+        cosine = float(F.cosine_similarity(vectors, self.teacher).mean())
+        shares = {"zero_shot": by_class, "text_to_image": there, "image_to_text": back}
+        return {name: 100 * value for name, value in shares.items()} | {"teacher_cosine": cosine}
+
+    @cached_property
+    def _captions(self) -> list[str]:
+        return [caption for batch in self.batches for caption in batch.captions]
+
+    @cached_property
+    def _texts(self) -> Tensor:
+        return embed_texts(self.pair.encoder, self.pair.tokenizer, self._captions)
+
+    @cached_property
+    def _classes(self) -> Tensor:
+        self.batches  # noqa: B018 (opens the source, which knows the classes)
+        return class_vectors(self.pair.encoder, self.pair.tokenizer, self.classes)
+
+
+def over_seeds(found: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    """Mean of every measure over seeds, and beside it, of several, the standard deviation as `NAME sd`."""
+    spread: dict[str, float | None] = {}
+    for name in found[0]:
+        values = [one[name] for one in found if one[name] is not None]
+        spread[name] = mean(values) if values else None
+        if len(values) > 1:
+            spread[f"{name} sd"] = stdev(values)
+    return spread

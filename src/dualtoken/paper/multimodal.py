@@ -1,0 +1,273 @@
+"""Tables 4, 5 and 12 and Figure 5: what the small LLM reads and draws with one kind of codes, and with both.
+
+Trained as the recipes mini-look and mini-draw say, from random weights, with equal steps, data and order; only what
+is compared differs. The bundled tokenizer and, for Table 12, the bundled multimodal model are used as they are.
+"""
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from dualtoken.app.figures import draw_rows
+from dualtoken.core.images import to_float
+from dualtoken.data.scenes import Scene
+from dualtoken.eval.generation import draw_all, draw_prompts, judge_drawings
+from dualtoken.eval.understanding import understanding
+from dualtoken.eval.zero_shot import embed_texts
+from dualtoken.mllm.assistant import Assistant
+from dualtoken.paper.experiment import Result, Row, Setting
+from dualtoken.paper.measure import Judge
+from dualtoken.paper.numbers import paper_table
+from dualtoken.paper.prompts import Prompt, geneval_prompts, judge, skill_prompts
+from dualtoken.paper.table3 import same_run
+from dualtoken.paper.trained import Part, minutes, remembered, train_parts
+from dualtoken.paper.variants import LONG, Variant, taps
+from dualtoken.tokenizer.presets import RECIPES
+from dualtoken.tokenizer.pretrained import open_image_text
+
+LOOK_STEPS, DRAW_STEPS, BATCH = 450, 600, 50
+LOOP = {"save_every": 150, "eval_every": 0, "log_every": 20, "tracker": "none"}
+SHOWN = 8  # prompts of Figure 5
+Numbers = dict[str, float]
+
+
+def pool(steps: int) -> dict[str, int]:
+    """Scenes to learn from: about as many as the steps take pictures."""
+    scenes = max(64, 16 * steps)
+    return {"scenes": scenes, "stories": scenes // 8}
+
+
+def look_part(setting: Setting, input: str, tokenizer: Part | None = None) -> Part:
+    """The small LLM that learns to look at codes of a tokenizer (None = the bundled one)."""
+    steps = setting.steps(LOOK_STEPS)
+    changes = {
+        "seed": setting.seed, "model": {"input": input}, "recipe": {"look": {"steps": steps}}, "loop": LOOP,
+        "data": {"scenes": pool(steps), "held_out": 1},
+    }  # fmt: skip
+    return Part(
+        f"look-{input}", "train-mllm", "mini-look", changes, {"vision_tokenizer": tokenizer} if tokenizer else {}
+    )
+
+
+def draw_part(setting: Setting, output: str) -> Part:
+    """That LLM learning to draw: both codes, or pixel codes alone."""
+    steps = setting.steps(DRAW_STEPS)
+    changes = {
+        "seed": setting.seed, "model": {"output": output}, "recipe": {"draw": {"steps": steps}}, "loop": LOOP,
+        "data": {"scenes": pool(steps), "held_out": 1},
+    }  # fmt: skip
+    return Part(f"draw-{output}", "train-mllm", "mini-draw", changes, {"start": look_part(setting, "both")})
+
+
+def understands(setting: Setting, part: Part) -> Numbers:
+    """Answers by type and captions of unseen scenes, in percent; kept in the part's folder."""
+    number = setting.count(300, 300)
+
+    def ask() -> Numbers:
+        found = understanding(str(part.model(setting)), number, number)
+        shares = {"questions": found["vqa"], "commonest answer": {"share": found["vqa"]["commonest_answer"]}}
+        shares |= found["vqa_by_type"] | {f"caption: {name}": value for name, value in found["captions"].items()}
+        return {name: 100 * value["share"] for name, value in shares.items()}
+
+    return remembered(part.folder(setting) / f"understands-{number}.json", ask)
+
+
+def table4(setting: Setting) -> Result:
+    """One codebook for all (as VILA-U has it), semantic codes alone, both, and pixel codes alone, under one LLM."""
+    one, dual = (same_run(setting, name).part(setting) for name in "ad")
+    cases = {
+        "one codebook, both objectives": (look_part(setting, "pixel", one), "VILA-U"),
+        "semantic codes": (look_part(setting, "semantic", dual), "DualToken (semantic only)"),
+        "semantic and pixel codes": (look_part(setting, "both", dual), "DualToken (semantic + pixel)"),
+        "pixel codes": (look_part(setting, "pixel", dual), None),
+    }
+    parts, paper = [part for part, _ in cases.values()], paper_table("table4")
+    train_parts(parts, setting)
+    rows = [Row(name, understands(setting, part), paper.row(theirs).values if theirs else {})
+            for name, (part, theirs) in cases.items()]  # fmt: skip
+    rows.append(Row("SigLIP-L/16-256", {}, paper.row("SigLIP-L/16-256").values))
+    _, semantic, both, _ = (row.measured for row in rows[:4])
+    gain = both["questions"] - semantic["questions"]
+    verdict = "more, as in the paper" if gain > 0 else "less, not as in the paper"
+    said = [
+        f"With pixel codes beside the semantic ones the LLM answers {both['questions']:.1f} % of questions, without "
+        f"them {semantic['questions']:.1f} %: {abs(gain):.1f} points {verdict} (one seed).",
+        f"The commonest answer alone gives {both['commonest answer']:.1f} %.",
+    ]
+    return Result(rows, said, parts=minutes(parts, setting))
+
+
+def draws(setting: Setting, model: str, prompts: list[Prompt]) -> list[np.ndarray]:
+    """A picture uint8 [S, S, 3] of each prompt, picture i from seed + i."""
+    assistant = Assistant.open(model)
+    texts = [prompt.text for prompt in prompts]
+    made = draw_all(assistant, texts, assistant.model.draw_config, BATCH, setting.seed)
+    return [np.asarray(picture) for picture in made]
+
+
+def by_kind(prompts: list[Prompt], pictures: list[np.ndarray]) -> Numbers:
+    """Right ones by kind and, last, the mean over kinds, in percent."""
+    found = {kind: 100 * value.value for kind, value in judge(prompts, pictures).items()}
+    return found | {"overall": float(np.mean(list(found.values())))}
+
+
+@torch.no_grad()
+def own_prompt(prompts: list[Prompt], pictures: list[np.ndarray]) -> float:
+    """Share of pictures, in percent, to which the contrastive encoder finds their own prompt nearest of all."""
+    pair = open_image_text("mini")
+    images = _stack(pictures)
+    texts = embed_texts(pair.encoder, pair.tokenizer, [prompt.text.removeprefix("draw ") for prompt in prompts])
+    nearest = (pair.encoder.embed_image(to_float(images)) @ texts.t()).argmax(1)
+    return 100 * float((nearest == torch.arange(len(prompts))).float().mean())
+
+
+def _stack(pictures: list[np.ndarray]) -> Tensor:
+    """uint8 [S, S, 3] each -> uint8 [M, 3, S, S]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def _two_models(setting: Setting) -> dict[str, Part]:
+    parts = {name: draw_part(setting, output) for name, output in (("both codes", "both"), ("pixel codes", "pixel"))}
+    train_parts(list(parts.values()), setting)
+    return parts
+
+
+def table5(setting: Setting) -> Result:
+    """Prompts by skill, drawn with both codes and with pixel codes alone, judged by rule and by the encoder."""
+    prompts = skill_prompts(setting.count(50, 50), setting.seed)
+    parts, rows = _two_models(setting), []
+    for name, part in parts.items():
+        pictures = draws(setting, str(part.model(setting)), prompts)
+        rows.append(Row(name, by_kind(prompts, pictures) | {"own prompt nearest": own_prompt(prompts, pictures)}))
+    rows += [Row(row.name, {}, row.values) for row in paper_table("table5b").rows]
+    rows += [Row(row.name, {}, row.values) for row in paper_table("table5a").rows if row.ours]
+    both, pixel = (row.measured["overall"] for row in rows[:2])
+    verdict = "as in the paper" if both > pixel else "not as in the paper"
+    said = [
+        f"Judged by rule, {both:.1f} % of the prompts are drawn right with both codes, {pixel:.1f} % with pixel codes "
+        f"alone (one seed): {verdict}.",
+        "'no' and 'all of them' never occur in training: negate and universal ask for words the model does not know.",
+    ]
+    return Result(rows, said, parts=minutes(list(parts.values()), setting))
+
+
+def table12(setting: Setting) -> Result:
+    """GenEval's six tasks on scenes, with the bundled model."""
+    prompts = geneval_prompts(setting.count(50, 50), setting.seed)
+    found = by_kind(prompts, draws(setting, setting.model, prompts))
+    rows = [Row(f"{setting.model}, by rule, %", found)]
+    rows += [Row(row.name, {}, row.values) for row in paper_table("table12").rows]
+    best = max((kind for kind in found if kind != "overall"), key=found.get)
+    said = [
+        f"Overall {found['overall']:.1f} %, best at '{best}' with {found[best]:.1f} %. GenEval's own score is a share."
+    ]
+    return Result(rows, said)
+
+
+def figure5(setting: Setting) -> Result:
+    """The same prompts drawn with both codes and with pixel codes alone."""
+    prompts = skill_prompts(SHOWN, setting.seed)[:SHOWN]  # those of the first skill
+    grids: dict[str, Tensor] = {}
+    rows = []
+    for name, part in _two_models(setting).items():
+        pictures = draws(setting, str(part.model(setting)), prompts)
+        grids[name] = _stack(pictures)
+        rows.append(Row(name, by_kind(prompts, pictures)))
+    titles = [prompt.text.removeprefix("draw ").replace(" on a ", "\non a ") for prompt in prompts]
+    draw_rows(setting.out / "fig5.png", list(grids.values()), list(grids), titles)
+    shares = (f"{row.name} {row.measured['overall']:.0f} %" for row in rows)
+    said = [f"Right by rule: {', '.join(shares)}."]
+    return Result(rows, said, {"fig5.png": "One column a prompt: drawn with both codes, and with pixel codes alone"})
+
+
+def table2(setting: Setting) -> Result:
+    """An encoder trained for meaning, the same shape trained to draw, and a convolutional one, under one LLM.
+
+    All three are read through codes, with a tokenizer of equal steps, and the LLM sees one vocabulary of each.
+    """
+    deep = taps(setting).deep
+    tokenizers = {
+        "CLIP-based": ("contrastive encoder", "pixel", same_run(setting, "meaning", steps=LONG)),
+        "CLIP-based (reconstruction)": ("the same shape, trained to reconstruct from scratch", "pixel", Variant(
+            "scratch", deep, deep, joined=True, means=0.0, scratch=True, steps=LONG, seed=setting.seed)),
+        "VQVAE-based": ("convolutional encoder, reconstruction", "pixel", two_encoders(setting)),
+    }  # fmt: skip
+    paper, rows, parts = paper_table("table2"), [], []
+    for theirs, (name, input, variant) in tokenizers.items():
+        parts.append(look_part(setting, input, variant.part(setting)))
+        train_parts(parts[-1:], setting)
+        rows.append(Row(name, understands(setting, parts[-1]), paper.row(theirs).values))
+    meaning, *others = (row.measured["questions"] for row in rows)
+    verdict = "as in the paper, far more" if meaning > max(others) + 5 else "not clearly more, unlike the paper"
+    said = [
+        f"Through the encoder trained for meaning the LLM answers {meaning:.1f} % of questions, through the others "
+        f"{others[0]:.1f} and {others[1]:.1f} % (one seed): {verdict}."
+    ]
+    return Result(rows, said, parts=minutes(parts, setting))
+
+
+def two_encoders(setting: Setting) -> Variant:
+    """The baseline of appendix F.4: a convolutional pixel encoder beside the frozen semantic one."""
+    at = taps(setting)
+    return Variant("two-encoders", at.shallow, at.deep, own_encoder=True, steps=LONG, seed=setting.seed)
+
+
+def table6(setting: Setting) -> Result:
+    """Drawings with codes of one tokenizer, and with those of two separate encoders, from equal trainings."""
+    number = setting.count(300, 300)
+    truths, texts = draw_prompts(1, number, "test", setting.seed)
+    judge_of, rows, parts = Judge(setting, "mini"), [], []
+    cases = {
+        "one tokenizer (DualToken)": (same_run(setting, "d", steps=LONG), "DualToken-3B"),
+        "two encoders": (two_encoders(setting), "Dual encoder"),
+    }
+    for name, (variant, theirs) in cases.items():
+        tokenizer = variant.part(setting)
+        part = from_nothing(setting, tokenizer)
+        train_parts([part], setting)
+        assistant = Assistant.open(str(part.model(setting)))
+        made = draw_all(assistant, texts, assistant.model.draw_config, BATCH, setting.seed)
+        pictures = [np.asarray(picture) for picture in made]
+        right = judge_drawings("right, %", truths, texts, pictures)["right, %"]
+        numbers = {"right, %": 100 * right.value, "distance to true pictures": distance(truths, pictures)}
+        numbers |= {f"tokenizer {key}": judge_of.measure(tokenizer)[key] for key in ("psnr", "zero_shot")}
+        rows.append(Row(name, numbers, paper_table("table6").row(theirs).values))
+        parts.append(part)
+    shown = {row.name for row in paper_table("table6").rows} - {"DualToken-3B", "Dual encoder"}
+    rows += [Row(row.name, {}, row.values) for row in paper_table("table6").rows if row.name in shown]
+    one, two = (row.measured["distance to true pictures"] for row in rows[:2])
+    said = [
+        f"Frechet distance of drawings to true pictures in the bundled encoder's features (no FID): one tokenizer "
+        f"{one:.1f}, two encoders {two:.1f} (one seed): {'as in the paper' if one < two else 'not as in the paper'}."
+    ]
+    return Result(rows, said, parts=minutes(parts, setting))
+
+
+def from_nothing(setting: Setting, tokenizer: Part) -> Part:
+    """A small LLM at random that learns to draw with a tokenizer's codes."""
+    steps = setting.steps(DRAW_STEPS)
+    small = yaml.safe_load((RECIPES / "mini-look.yaml").read_text())["small"]
+    changes = {
+        "seed": setting.seed, "start": None, "small": small, "recipe": {"draw": {"steps": steps}}, "loop": LOOP,
+        "data": {"scenes": pool(steps), "held_out": 1},
+    }  # fmt: skip
+    return Part("draw-new", "train-mllm", "mini-draw", changes, {"vision_tokenizer": tokenizer})
+
+
+@torch.no_grad()
+def distance(truths: list[Scene], pictures: list[np.ndarray]) -> float:
+    """Frechet distance of drawn pictures to the scenes that they were asked for, in the bundled encoder's features."""
+    backbone = open_image_text("mini").encoder.backbone
+    true = _stack([truth.render(pictures[0].shape[0]) for truth in truths])
+    sides = [torch.cat([backbone(to_float(part)) for part in side.split(BATCH)]) for side in (true, _stack(pictures))]
+    return frechet(*(side.double().numpy() for side in sides))
+
+
+def frechet(first: np.ndarray, second: np.ndarray) -> float:
+    """Frechet distance of two sets of vectors [M, C], each taken as a Gaussian."""
+    means, covariances = zip(*((side.mean(0), np.cov(side, rowvar=False)) for side in (first, second)), strict=True)
+    # tr sqrt(A B): square roots of the eigenvalues, which are real and not negative but for rounding
+    roots = np.sqrt(np.clip(np.linalg.eigvals(covariances[0] @ covariances[1]).real, 0, None)).sum()
+    apart = float(((means[0] - means[1]) ** 2).sum())
+    return apart + float(np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots)

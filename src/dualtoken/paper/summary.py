@@ -1,0 +1,44 @@
+"""The summary of `dualtoken reproduce all`: index.md, what follows from each; index.html, everything in one file."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dualtoken.app.report import Page
+
+
+def write_summary(folder: Path, ids: Sequence[str]) -> Path:
+    """Read ID.json of every id and write both pages; returns the HTML page, which needs no other file."""
+    results = [json.loads((folder / f"{id}.json").read_text()) for id in ids]
+    scale = "miniature" if all(result["scale"] == "mini" for result in results) else "full scale"
+    page = Page(f"The tables and figures of the paper, {scale}")
+    lines = [f"# The tables and figures of the paper, {scale}", ""]
+    for result in results:
+        lines += [f"## [{result['title']}]({result['id']}.md)", "", f"The paper: {result['claim']}", ""]
+        lines += [*(f"- {finding}" for finding in result["findings"]), ""]
+        _add(page, folder, result, scale)
+    (folder / "index.md").write_text("\n".join(lines))
+    page.write(folder / "index.html")
+    print(f"written: {folder / 'index.html'}")
+    return folder / "index.html"
+
+
+def _add(page: Page, folder: Path, result: dict[str, Any], scale: str) -> None:
+    """One result: title, claim, numbers with the paper's beside them, findings, pictures, circumstances."""
+    page.heading(f"{result['id']}: {result['title']}")
+    page.text(f"The paper: {result['claim']}")
+    sides = ("measured", scale), ("paper", "paper")
+    columns = [(side, key, word) for side, word in sides
+               for key in dict.fromkeys(key for row in result["rows"] for key in row[side])]  # fmt: skip
+    header = ["", *(f"{key} ({word})" for _, key, word in columns)]
+    rows = [[row["name"], *(row[side].get(key) for side, key, _ in columns)] for row in result["rows"]]
+    page.table(header, rows, [i for i, row in enumerate(result["rows"]) if not row["measured"]])
+    for finding in result["findings"]:
+        page.text(finding)
+    for name, caption in result["pictures"].items():
+        page.picture(folder / name, caption)
+    page.text(
+        f"Seeds {result['seeds']}, commit {result['commit'] or 'unknown'}, {result['hardware']}, "
+        f"{result['minutes']} minutes, budget {result['budget']:g}."
+    )

@@ -1,0 +1,196 @@
+"""Trained parts of an experiment: each is made once, kept under the hash of its recipe, and shared by all tables.
+
+A part is a run of a training command in a folder of its own, so one that was interrupted goes on where it stopped.
+Two processes with one folder of parts share the work: each leaves alone what the other is training.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from dualtoken.data.scene_chat import SceneChatConfig, SceneChats
+from dualtoken.paper.experiment import Setting
+from dualtoken.tokenizer.presets import BUNDLED, RECIPES, open_tokenizer
+from dualtoken.training.encoder import train_encoder
+from dualtoken.training.mllm import train_mllm
+from dualtoken.training.stored_codes import store_codes
+from dualtoken.training.tokenizer import train_tokenizer
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train-encoder": train_encoder,
+    "train-tokenizer": train_tokenizer,
+    "train-mllm": train_mllm,
+}
+OPENS = {"encoder": "encoder", "vision_tokenizer": "tokenizer", "start": "mllm"}  # option -> part of a preset
+ASIDE = ("output", "loop")  # what a recipe says of these changes nothing that is learnt
+DONE, WAIT = "done.json", 5.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model that has to be trained.
+
+    Args:
+        name: begins the name of its folder.
+        command: of `COMMANDS`.
+        recipe: one of the package, by name.
+        changes: in place of what the recipe says; nested as it is.
+        models: option -> the part whose model it takes.
+    """
+
+    name: str
+    command: str
+    recipe: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, "Part"] = field(default_factory=dict)
+
+    def content(self) -> dict[str, Any]:
+        """The recipe with its changes, without the models of other parts."""
+        written = yaml.safe_load((RECIPES / f"{self.recipe}.yaml").read_text(encoding="utf-8"))
+        return merge(written, self.changes)
+
+    @property
+    def key(self) -> str:
+        """12 hex digits over all that the trained weights depend on but the code."""
+        content = {name: value for name, value in self.content().items() if name not in ASIDE}
+        for option in OPENS:
+            if content.get(option):
+                content[option] = identity(option, content[option])
+        content |= {option: part.key for option, part in self.models.items()}
+        if "data" in content:  # where codes are kept, and how many processes read
+            content["data"] = {k: v for k, v in content["data"].items() if k not in ("codes", "workers")}
+        return digest([self.command, content])
+
+    def folder(self, setting: Setting) -> Path:
+        """Where it is, or will be."""
+        return setting.cache / f"{self.name}-{self.key}"
+
+    def model(self, setting: Setting) -> Path:
+        """Directory of its model."""
+        folder = self.folder(setting)
+        if self.command == "train-mllm":
+            folder = folder / f"stage-{list(self.content()['recipe'])[-1]}"
+        return folder / "model"
+
+
+def train_parts(parts: Sequence[Part], setting: Setting) -> list[Path]:
+    """Directories of the parts' models, in order; what is not there yet is trained."""
+    waiting = list({part.key: part for part in parts}.values())
+    with tqdm(total=len(waiting), desc="parts", unit="", disable=len(waiting) < 2) as bar:
+        while waiting:
+            busy = [part for part in waiting if not _train(part, setting)]
+            bar.update(len(waiting) - len(busy))
+            if len(busy) == len(waiting):
+                time.sleep(WAIT)
+            waiting = busy
+    return [part.model(setting) for part in parts]
+
+
+def minutes(parts: Sequence[Part], setting: Setting) -> dict[str, float]:
+    """Folder of each trained part, and of those that it is made of -> minutes of the training."""
+    found: dict[str, float] = {}
+    for part in parts:
+        found |= minutes(list(part.models.values()), setting)
+        folder = part.folder(setting)
+        found[folder.name] = json.loads((folder / DONE).read_text())["minutes"]
+    return found
+
+
+def remembered(place: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a JSON file holds, or what is made now and kept in it."""
+    if not place.is_file():
+        found = make()
+        draft = place.with_suffix(".draft")
+        draft.write_text(json.dumps(found, indent=1))
+        draft.rename(place)
+    return json.loads(place.read_text())
+
+
+def merge(written: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `written`, level by level; anything but a dict is replaced whole."""
+    merged = dict(written)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merge(merged[name], value) if both else value
+    return merged
+
+
+def identity(option: str, model: str) -> str:
+    """What stands for a model in a hash: its weights, or its name where they are no file of ours."""
+    place = BUNDLED[model] / OPENS[option] if model in BUNDLED else Path(model)
+    weights = place / "model.safetensors"
+    if not weights.is_file():
+        return model
+    with open(weights, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def digest(content: Any) -> str:
+    """12 hex digits over plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _train(part: Part, setting: Setting) -> bool:
+    """Train a part unless it is there; False where another process is at it."""
+    folder = part.folder(setting)
+    if (folder / DONE).is_file():
+        return True
+    models = dict(zip(part.models, train_parts(list(part.models.values()), setting), strict=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    try:
+        if not (folder / DONE).is_file():
+            _run(part, folder, models, setting)
+    finally:
+        lock.release()
+    return True
+
+
+def _run(part: Part, folder: Path, models: dict[str, Path], setting: Setting) -> None:
+    """The training command in the part's folder; its states are removed when it is done."""
+    start = time.time()
+    content = part.content() | {name: str(path) for name, path in models.items()} | {"output": str(folder)}
+    if part.command == "train-mllm":
+        content["data"] = content["data"] | {"codes": str(_codes(content, setting))}
+    parser = _parser(part.command)
+    print(f"training {folder.name}")
+    COMMANDS[part.command](**parser.instantiate(parser.parse_object(content)).as_dict())
+    for states in folder.rglob("states"):
+        shutil.rmtree(states)
+    told = {"minutes": round((time.time() - start) / 60, 3), "command": part.command, "content": content}
+    (folder / DONE).write_text(json.dumps(told, indent=1))
+
+
+@lru_cache
+def _parser(command: str) -> Any:
+    import jsonargparse  # as the command line reads recipes
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(COMMANDS[command], as_positional=False, sub_configs=True)
+    return parser
+
+
+def _codes(content: dict[str, Any], setting: Setting) -> Path:
+    """Folder with the codes of the run's scenes, shared by all runs with that tokenizer and pool."""
+    scenes, tokenizer = content["data"]["scenes"], content["vision_tokenizer"]
+    folder = setting.cache / f"codes-{digest([identity('vision_tokenizer', tokenizer), scenes])}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        opened = open_tokenizer(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
+        store_codes(opened, SceneChats(SceneChatConfig(**scenes)).pictures(), folder)
+    return folder

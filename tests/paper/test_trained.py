@@ -1,0 +1,101 @@
+"""Tables that train: every id runs through with a tiny budget; parts are shared, kept, and go on after a stop."""
+
+import json
+
+import pytest
+
+from dualtoken.cli import main
+from dualtoken.paper import ablations, table3, trained
+from dualtoken.paper.experiment import Setting
+from dualtoken.paper.table3 import CASES
+from dualtoken.paper.trained import Part, identity, merge
+from dualtoken.paper.variants import Taps, Variant
+
+LOOP = {"save_every": 1, "eval_every": 0, "tracker": "none"}
+TINY = ["--budget", "0.1", "--pictures", "50"]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """One weight, one seed."""
+    monkeypatch.setattr(table3, "WEIGHTS", (1.0,))
+    monkeypatch.setattr(table3, "SEEDS", 1)
+    monkeypatch.setattr(ablations, "SEEDS", 1)
+
+
+def test_the_key_follows_what_is_learnt_and_nothing_else(tmp_path):
+    setting = Setting(out=tmp_path)
+    one = Variant("x", 2, 5).part(setting)
+    assert one.key == Variant("y", 2, 5).part(setting).key  # a name is no recipe
+    others = [Variant("x", 1, 5), Variant("x", 2, 5, seed=1), Variant("x", 2, 5, means=0.3),
+              Variant("x", 2, 5, quantizer="mcq"), Variant("x", 2, 5, own_encoder=True)]  # fmt: skip
+    assert len({one.key, *(v.part(setting).key for v in others)}) == 6
+    assert Variant("x", 2, 5).part(Setting(out=tmp_path, budget=15)).key != one.key
+    assert Part("x", one.command, one.recipe, one.changes | {"loop": {"save_every": 1}}).key == one.key
+    assert identity("encoder", "mini") != "mini" and identity("encoder", "some/where") == "some/where"
+    assert merge({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3}, "d": [2]}) == {"a": {"b": 3, "c": 2}, "d": [2]}
+
+
+def test_variants_say_what_learns_and_what_counts(tmp_path):
+    setting, at = Setting(out=tmp_path), Taps(2, 5, 6)
+    made = {name: case.variant(at, 0.3, 0).part(setting).changes for name, case in CASES.items()}
+    assert made["b"]["losses"]["features"] == made["b"]["losses"]["pooled"] == 0 and "mse" not in made["b"]["losses"]
+    assert made["meaning"]["losses"]["mse"] == 0 and "decoder" not in made["meaning"]["phases"][1]["trains"]
+    assert "backbone" not in made["initial"]["phases"][1]["trains"] and "backbone" in made["a"]["phases"][1]["trains"]
+    assert [made[n]["semantic"]["joined"] for n in ("a", "shallow", "two", "d")] == [True, True, False, False]
+    assert all(sum(p["steps"] for p in changes["phases"]) == 400 for changes in made.values())
+
+
+def test_table3_and_table10_run_through_and_share_what_they_train(tmp_path, few, monkeypatch):
+    ran, train = [], trained.COMMANDS["train-tokenizer"]
+    monkeypatch.setitem(trained.COMMANDS, "train-tokenizer", lambda **told: (ran.append(told["output"]), train(**told)))
+    trained._parser.cache_clear()
+    monkeypatch.setattr(trained, "_parser", _parser_of(train))
+    monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abc")
+    assert main(["reproduce", "table3", "--out", str(tmp_path), *TINY]) == 0
+    assert len(ran) == len(CASES)
+    found = json.loads((tmp_path / "table3.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    row = rows["(d) two codebooks, shallow and deep, semantic weight 1"]
+    assert 3 < row["measured"]["psnr"] < 40 and row["paper"]["psnr"] == 28.69 and row["scale"] == "mini"
+    assert "psnr" not in rows["semantics only, deep"]["measured"] and not rows["semantics only, deep"]["paper"]
+    assert "text_to_image" not in rows["(b) reconstruction only, deep"]["measured"]
+    assert found["findings"] and found["budget"] == 0.1 and len(found["parts"]) == len(CASES)
+    assert (tmp_path / "table3.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "parts").rglob("states"))
+    assert main(["reproduce", "table3", "--out", str(tmp_path), "--again", "true", *TINY]) == 0
+    assert len(ran) == len(CASES)  # all was there
+    assert main(["reproduce", "table10", "--out", str(tmp_path), *TINY]) == 0
+    assert len(ran) == len(CASES) + 2  # RVQ is row (d)
+
+
+def test_a_stopped_part_goes_on(tmp_path, monkeypatch):
+    setting = Setting(out=tmp_path, budget=0.3)
+    part = Variant("x", 2, 5).part(setting)
+    part = Part(part.name, part.command, part.recipe, part.changes | {"loop": LOOP})
+    done, train = [], trained.COMMANDS["train-tokenizer"]
+
+    def stops(**told):
+        done.append(train(**told))
+        raise KeyboardInterrupt  # after its last state, before it is known to be done
+
+    monkeypatch.setattr(trained, "_parser", _parser_of(train))
+    monkeypatch.setitem(trained.COMMANDS, "train-tokenizer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        trained.train_parts([part], setting)
+    folder = part.folder(setting)
+    assert list((folder / "states").iterdir()) and not (folder / "done.json").exists()
+    lines = (folder / "log.jsonl").read_text()
+    monkeypatch.setitem(trained.COMMANDS, "train-tokenizer", train)
+    assert trained.train_parts([part], setting) == [folder / "model"]
+    assert (folder / "log.jsonl").read_text() == lines  # no step was done twice
+    assert list(trained.minutes([part], setting)) == [folder.name]
+
+
+def _parser_of(function):
+    """The parser of the function itself, not of what a test put in its place."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(function, as_positional=False, sub_configs=True)
+    return lambda command: parser
