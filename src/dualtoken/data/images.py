@@ -69,7 +69,7 @@ class DataConfig:
     Args:
         source: "scenes" (the bundled world), a folder (class folders are labels, `name.txt` beside a picture is
             its caption), webdataset shards: "data/{000..099}.tar", or "photographs" (those scikit-image ships).
-        batch_size: pictures a process and step.
+        batch_size: pictures of a batch, over all processes.
         workers: loading processes; 0 = in the training process.
         seed: of the bundled world.
     """
