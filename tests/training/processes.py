@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -26,12 +27,22 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
+@functools.cache
+def _serve():
+    """Start the server, and have it find what the tests find."""
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def start(calls, output, count=1, disturb=None):
     """Start `count` processes that run the commands one after the other; `disturb`: a function and its arguments.
 
     Statuses go to OUTPUT/statuses-RANK.json, what they print to OUTPUT/printed-RANK.
     """
-    os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)  # for the server, which starts with the first
+    _serve()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -224,6 +224,8 @@ class Loop:
         try:
             return on_main(whole)
         except OSError as error:
+            if self.main:
+                shutil.rmtree(draft, ignore_errors=True)
             raise UserError(
                 f"{place} was not written ({_reason(error)}); free space and give the same command again: it goes on "
                 f"from {self._last or 'the start'}" + (", and what came after it is lost" if self._lost else "")
