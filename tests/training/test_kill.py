@@ -37,6 +37,7 @@ def same(one, two):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_moments_it_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
     assert run([], tmp_path) == []  # so that what is timed is not the server's start
     began = time.time()

@@ -282,7 +282,7 @@ class StepBatches(Dataset):
         return int(self._order[1][at])
 
 
-def _outlive_sigterm(_: int) -> None:
+def outlive_sigterm(_: int) -> None:
     """A loading process ends with the one it loads for, which may have a step to finish when SIGTERM comes to all."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -295,7 +295,7 @@ def step_batches(batches: Dataset, start: int, stop: int, workers: int) -> Itera
         sampler=range(start, stop),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=outlive_sigterm,
         generator=torch.Generator().manual_seed(0),  # otherwise the loader draws from the global random state
     )
     return iter(loader)
