@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from dualtoken.core.checkpoint import load_state
@@ -17,6 +19,7 @@ from tests.training.processes import run, terminate
 
 STAGES = ("1", "2", "3", "4-1", "4-2")
 HALF = 2  # steps before a stop, of 4
+SIZE = 32  # px of the tokenizer's pictures
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +38,20 @@ def start(tmp_path_factory):
 
 
 def tokenizer_call(folder):
-    """Two steps of codebooks and decoder, two of everything, a discriminator, and an average of the weights."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Two steps of codebooks and decoder, two of everything, a discriminator, and an average of the weights.
+
+    On 16 positions of noise: of four in one colour all may get one code, and the group norms of a decoder this narrow
+    (one channel each) then divide by nothing but their eps, twice: gradients of 1e5, and rounding a million times over.
+    """
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number in range(16):
+        noise = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+        noise.resize((SIZE, SIZE)).save(pictures / f"{number}.png")
     content = tiny.recipe(
+        data={"source": str(pictures), "batch_size": 4},
+        backbone={"name": tiny.BACKBONE.name, "overrides": tiny.OVERRIDES | {"img_size": SIZE}, "pixel_layer": 1},
         ema=0.9, phases=[{"steps": 2, "trains": ["pixel", "semantic", "decoder"]}, {"steps": 2}],
         discriminator={"channels": 8, "layers": 2, "start": 1}, evaluation={"images": 4},
     )  # fmt: skip
