@@ -5,6 +5,7 @@ state but its step to go on exactly, and the number of loading processes does no
 """
 
 import itertools
+import signal
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class DataConfig:
     Args:
         source: "scenes" (the bundled world), a folder (class folders are labels, `name.txt` beside a picture is
             its caption), webdataset shards: "data/{000..099}.tar", or "photographs" (those scikit-image ships).
-        batch_size: pictures a process and step.
+        batch_size: pictures of a batch, over all processes.
         workers: loading processes; 0 = in the training process.
         seed: of the bundled world.
     """
@@ -281,6 +282,11 @@ class StepBatches(Dataset):
         return int(self._order[1][at])
 
 
+def outlive_sigterm(_: int) -> None:
+    """A loading process ends with the one it loads for, which may have a step to finish when SIGTERM comes to all."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def step_batches(batches: Dataset, start: int, stop: int, workers: int) -> Iterator[Any]:
     """Batches start .. stop - 1 of a dataset of steps in order, made ahead by `workers` processes."""
     loader = DataLoader(
@@ -289,6 +295,7 @@ def step_batches(batches: Dataset, start: int, stop: int, workers: int) -> Itera
         sampler=range(start, stop),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=outlive_sigterm,
         generator=torch.Generator().manual_seed(0),  # otherwise the loader draws from the global random state
     )
     return iter(loader)

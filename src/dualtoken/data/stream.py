@@ -19,6 +19,7 @@ from dualtoken.core.distributed import all_reduce_sum, is_distributed
 from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample
 from dualtoken.data.collate import ChatTokens, PackedBatch, pack
+from dualtoken.data.images import outlive_sigterm
 from dualtoken.data.mixture import Dropout
 from dualtoken.data.shards import Deck, Place, SourceReader
 from dualtoken.data.sources import ShardedSource
@@ -151,6 +152,7 @@ class ChatStream:
                 batch_size=None,
                 num_workers=self.loaded,
                 prefetch_factor=4 if self.loaded else None,
+                worker_init_fn=outlive_sigterm,
                 generator=torch.Generator().manual_seed(0),  # otherwise it draws from the global random state
             )
             self._batches = iter(loader)

@@ -18,6 +18,8 @@ from dualtoken.core.pretrained import load_torch_file
 from dualtoken.tokenizer.backbone import Backbone
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 
+ALONE = {"sync_on_compute": False}  # of metrics: in training the main process evaluates while the others wait for it
+
 
 @dataclass
 class ReconstructionResult:
@@ -49,7 +51,7 @@ def inception_distance(weights: str) -> FrechetInceptionDistance:
     what = "torch-fidelity's pt_inception-2015-12-05-6726825d.pth"
     load_torch_file(weights, "--inception_weights", what)  # torch-fidelity itself would unpickle any file
     try:
-        return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights)
+        return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights, **ALONE)
     except ModuleNotFoundError:
         raise UserError("--inception_weights needs the package torch-fidelity: pip install 'dualtoken[fid]'") from None
     except RuntimeError as error:
@@ -70,11 +72,13 @@ def evaluate_reconstruction(
     Args: lpips: a `training.perceptual.LPIPS`; inception: path of torch-fidelity's Inception weights, for FID.
     """
     device = tokenizer.device
-    psnr = PeakSignalNoiseRatio(data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3)).to(device)
-    ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
+    psnr = PeakSignalNoiseRatio(data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3), **ALONE).to(device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0, **ALONE).to(device)
     distances: dict[str, FrechetInceptionDistance] = {}
     if teacher is not None:
-        distances["teacher_frechet"] = FrechetInceptionDistance(_TeacherFeatures(teacher.to(device).eval())).to(device)
+        distances["teacher_frechet"] = FrechetInceptionDistance(
+            _TeacherFeatures(teacher.to(device).eval()), **ALONE
+        ).to(device)
     if inception is not None:
         distances["fid"] = inception_distance(inception).to(device)
     used, offsets, sizes = {"pixel": set(), "semantic": set()}, {}, {}

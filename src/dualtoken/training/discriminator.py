@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualtoken.core.distributed import all_reduce_mean
+
 
 @dataclass
 class DiscriminatorConfig:
@@ -48,7 +50,11 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """Ratio of the two losses' gradient norms at the decoder's last layer, within 0.3 to 10 (Esser et al., 2021)."""
-    wanted = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].float().norm()
-    found = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].float().norm()
+    """Ratio of the two losses' gradient norms at the decoder's last layer, within 0.3 to 10 (Esser et al., 2021).
+
+    The gradients are those of the joined batch of all processes, so that these have one ratio, that of one process.
+    """
+    losses = reconstruction, adversarial
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().flatten() for loss in losses]
+    wanted, found = all_reduce_mean(torch.stack(gradients)).norm(dim=1)
     return (wanted / (found + 1e-6)).clamp(0.3, 10.0).detach()

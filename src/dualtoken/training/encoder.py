@@ -108,7 +108,8 @@ def train_encoder(
     config = ImageTextConfig(asdict(backbone), asdict(text))
     trainer = EncoderTrainer(ImageTextEncoder(config), text, caption_weight > 0)
     source = open_source(data, trainer.encoder.backbone.image_size)
-    batches = StepBatches(source, data.batch_size, seed, run.accelerator.process_index, run.accelerator.num_processes)
+    share = run.share(data.batch_size)
+    batches = StepBatches(source, share, seed, run.accelerator.process_index, run.accelerator.num_processes)
     state = run.restore()
     if state is None and run.main:
         sample = StepBatches(source, 4096 if source.endless else min(4096, len(source)), seed)[0]
@@ -141,7 +142,7 @@ def train_encoder(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(step, {"loss": loss, **parts, "norm": norm, "lr": optim.rate(step, steps)}, batch.skipped)
-        if run.due(step, loop.save_every):
+        if run.saves(step):
             run.save(step + 1, {"model": trainer.state_dict(), "optimizer": optimizer.state_dict()})
     if run.main:
         trainer.encoder.save_pretrained(run.output / "model")

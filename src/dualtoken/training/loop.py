@@ -4,23 +4,34 @@ The loops themselves are visible functions (`training/encoder.py`, `training/tok
 numbers and learning rate are functions of the step number, so the state to save is weights and optimiser alone.
 """
 
+import contextlib
 import json
 import math
+import os
+import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dualtoken.core.checkpoint import latest_state, save_state
+from dualtoken.core.checkpoint import disk_errors, latest_state, load_state, save_state
+from dualtoken.core.distributed import any_process, on_main
 from dualtoken.core.errors import UserError
+from dualtoken.training.sharded import allow_cpu, save_shards, shard, shard_plugin
+
+# What the others wait for the main process: it alone makes the codes of all pictures, and evaluates the tokenizer.
+PATIENCE = timedelta(hours=3)
 
 
 @dataclass
@@ -35,6 +46,8 @@ class LoopConfig:
         log_every: a line in log.jsonl and the tracker every so many steps.
         tracker: "tensorboard" or "none".
         gradient_checkpointing: compute the LLM's activations again going back, for less memory (train-mllm).
+        shard: FSDP2: split weights, gradients and moments over the processes (train-mllm); also chosen by an
+            `accelerate config` with FSDP.
     """
 
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -45,6 +58,7 @@ class LoopConfig:
     log_every: int = 20
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     gradient_checkpointing: bool = False
+    shard: bool = False
 
 
 def warm_cosine(step: int, steps: int, warmup: int, final: float) -> float:
@@ -88,7 +102,10 @@ class OptimConfig:
 
 
 class Loop:
-    """A run in a folder: states in `states/`, `log.jsonl`, `settings.json`, tracker files in `tensorboard/`."""
+    """A run in a folder: states in `states/`, `log.jsonl`, `settings.json`, tracker files in `tensorboard/`.
+
+    Args: shards: whether this kind of training can be split over processes (FSDP2).
+    """
 
     def __init__(
         self,
@@ -99,38 +116,65 @@ class Loop:
         config: LoopConfig,
         settings: dict[str, Any],
         title: str = "",
+        shards: bool = False,
     ):
         self.output, self.steps, self.seed, self.config = Path(output), steps, seed, config
         states = self.output / "states"
         if resume == "never" and states.is_dir() and any(states.iterdir()):
             raise UserError(f"--output {output}: holds a run already; take another folder, or --resume auto to go on")
+        wanted = config.shard or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if wanted and not shards:
+            raise UserError("--loop.shard: train-mllm alone can be split (FSDP2); start this one without it")
+        plugin = shard_plugin() if wanted else None
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else accelerate sees no other process where there is no GPU
             mixed_precision=config.precision,
             log_with="tensorboard" if config.tracker == "tensorboard" else None,
             project_dir=self.output / "tensorboard",
+            fsdp_plugin=plugin,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
+        if plugin is not None:
+            allow_cpu(self.accelerator, plugin)
+        self.sharded = self.accelerator.is_fsdp2
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         self.start = 0
         self._settings = json.loads(json.dumps(settings, default=lambda v: asdict(v) if is_dataclass(v) else str(v)))
         self._last: Path | None = None
+        self._lost: OSError | None = None  # why the newest save did not succeed
+        self._terminated = self._stopping = False
         self._skipped = 0
         self._bar: tqdm | None = None
         self._title = title
-        if self.main:
-            self.output.mkdir(parents=True, exist_ok=True)
+        on_main(lambda: self.output.mkdir(parents=True, exist_ok=True))
         if config.tracker == "tensorboard":
             self.accelerator.init_trackers("run")
 
-    def restore(self) -> dict[str, Any] | None:
+    def share(self, batch_size: int) -> int:
+        """Samples of a batch that fall to each process. Raises UserError where they cannot be shared out."""
+        share, rest = divmod(batch_size, self.accelerator.num_processes)
+        if rest or not share:
+            raise UserError(
+                f"--data.batch_size {batch_size} cannot be split over {self.accelerator.num_processes} processes"
+            )
+        return share
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Model and optimizer for many processes: a copy on each (DDP), or split over them (FSDP2)."""
+        return (shard if self.sharded else Accelerator.prepare)(self.accelerator, model, optimizer)
+
+    def restore(self, load: Callable[[Path], dict[str, Any]] = load_state) -> dict[str, Any] | None:
         """The newest whole state of the folder, or None. Raises UserError where it is of another recipe."""
-        found = latest_state(self.output / "states")
+        found = latest_state(self.output / "states", load)
+        self.start = 0 if found is None else found[1]["step"]
+        if any_process(on_main(lambda: self.start) != self.start, self.device):
+            raise UserError(f"--output {self.output}: not all processes see the same states; take a folder they share")
         if found is None:
             if self.main:
                 (self.output / "settings.json").write_text(json.dumps(self._settings, indent=1))
             return None
         self._last, state = found
-        self.start = state["step"]
         earlier = json.loads((self.output / "settings.json").read_text())
         changed = sorted(
             k for k in self._settings if self._settings[k] != earlier.get(k) and k not in ("output", "loop", "resume")
@@ -143,14 +187,55 @@ class Loop:
         self.say(f"going on from step {self.start} ({self._last})")
         return state
 
+    def saves(self, step: int) -> bool:
+        """True after step number `step` where its state is to be written: when due, and before a stop by SIGTERM."""
+        self._stopping = any_process(self._terminated, self.device)  # the signal need not reach all at the same step
+        return self._stopping or self.due(step, self.config.save_every)
+
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `step` steps (main process only)."""
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            self._last = save_state(self.output / "states", step, {"step": step, **state}, self.config.keep)
+        """Write the state after `step` steps. Training goes on where there is no room: what is there stays valid."""
+        state = {"step": step, **state}
+        folder, keep = self.output / "states", self.config.keep
+        try:
+            if self.sharded:
+                self._last = save_shards(folder, step, state, keep)
+            else:
+                self._last = on_main(lambda: save_state(folder, step, state, keep))
+            self._lost = None
+        except OSError as error:
+            self._lost = error
+            self.say(
+                f"warning: the state after step {step} was not written ({_reason(error)}); a stop now loses what came "
+                f"after {self._last or 'the start'}; free space for {folder}, or take a smaller --loop.keep; tried "
+                f"again when the next is due (--loop.save_every {self.config.save_every})"
+            )
+
+    def write(self, save: Callable[[Path], Any], name: str = "model") -> Path:
+        """A directory of the run, by the main process, whole or not at all. Raises UserError where the disk is full."""
+        place, draft = self.output / name, self.output / f"{name}.draft"
+
+        def whole() -> Path:
+            shutil.rmtree(draft, ignore_errors=True)
+            with disk_errors():
+                save(draft)
+            shutil.rmtree(place, ignore_errors=True)
+            return draft.rename(place)
+
+        try:
+            return on_main(whole)
+        except OSError as error:
+            if self.main:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise UserError(
+                f"{place} was not written ({_reason(error)}); free space and give the same command again: it goes on "
+                f"from {self._last or 'the start'}" + (", and what came after it is lost" if self._lost else "")
+            ) from None
 
     def run(self) -> Iterator[int]:
-        """Steps still to do, each with its own random state, under a progress bar."""
+        """Steps still to do, each with its own random state, under a progress bar.
+
+        Raises SystemExit with status 143 after the step in which SIGTERM came, once its state is saved (`saves`).
+        """
         self._bar = tqdm(
             desc=self._title or None,
             total=self.steps,
@@ -159,12 +244,45 @@ class Loop:
             mininterval=1 if sys.stderr.isatty() else 60,
         )
         self._since, self._at = time.time(), self.start
-        for step in range(self.start, self.steps):
-            seed_step(self.seed, step, self.accelerator.process_index)
-            yield step
-            self._bar.update()
+        with self._hear_sigterm():
+            for step in range(self.start, self.steps):
+                seed_step(self.seed, step, self.accelerator.process_index)
+                yield step
+                self._bar.update()
+                if self._stopping:
+                    self._stop(step)
+        self._finish()
+
+    @contextlib.contextmanager
+    def _hear_sigterm(self) -> Iterator[None]:
+        """Note SIGTERM, which a scheduler sends before it takes the machine away, in place of dying of it."""
+        if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+            yield
+            return
+
+        def note(*_: Any) -> None:
+            self._terminated = True
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _stop(self, step: int) -> None:
+        self._finish()
+        if self._lost is None:
+            told = f"saved in {self._last}; the same command goes on from there"
+        else:
+            told = f"not saved ({_reason(self._lost)}): what came after {self._last or 'the start'} is lost"
+        if self.main:
+            print(f"stopped by SIGTERM after step {step + 1}; {told}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _finish(self) -> None:
         self._bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training() would also end what the next stage talks over
+            tracker.finish()
 
     def due(self, step: int, every: int) -> bool:
         """True after step number `step` (from 0) when `every` steps are full, and after the last."""
@@ -197,18 +315,31 @@ class Loop:
         self._bar.set_postfix({k: f"{v:.3g}" for k, v in list(numbers.items())[:6]}, refresh=False)
         line = {"step": step + 1, **{k: round(v, 6) for k, v in numbers.items()}, "steps_per_s": round(speed, 2)}
         self.record(line | ({"skipped": self._skipped} if self._skipped else {}))
-        self.accelerator.log(numbers, step=step + 1)
+        with self.sparing("lines of the tracker"):
+            self.accelerator.log(numbers, step=step + 1)
 
     def record(self, line: dict[str, Any]) -> None:
         """One line into log.jsonl."""
         if self.main:
-            with open(self.output / "log.jsonl", "a") as log:
+            with self.sparing("a line of log.jsonl"), open(self.output / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
+
+    @contextlib.contextmanager
+    def sparing(self, what: str) -> Iterator[None]:
+        """Go on without `what` where the disk is full, and say so."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: {what} could not be written ({_reason(error)})")
 
     def say(self, text: str) -> None:
         """Print without breaking the progress bar."""
         if self.main:
             tqdm.write(text)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -1,7 +1,7 @@
 """`dualtoken train-mllm`: the MLLM in all stages (paper section 4.2, Table 13), one visible loop for all of them."""
 
+import contextlib
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,8 @@ from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_
 from dualtoken.mllm.processor import DualTokenProcessor
 from dualtoken.tokenizer.presets import open_tokenizer, tokenizer_directory
 from dualtoken.training.loop import Loop, LoopConfig, seed_step
-from dualtoken.training.stages import STAGES, LoraConfig, Stage, StageOptim, set_trained
+from dualtoken.training.sharded import gather, load_shards
+from dualtoken.training.stages import STAGES, LoraConfig, Stage, StageOptim, part_of, set_trained
 from dualtoken.training.stored_codes import encode_pictures, store_codes
 from dualtoken.training.streamed import open_stream, with_codes
 
@@ -182,7 +183,7 @@ def _train_stage(
     data, optim, lora, config = (settings[k] for k in ("data", "optim", "lora", "loop"))
     seed, folder = settings["seed"], Path(settings["output"])
     told = settings | {"recipe": stage, "data": replace(data, workers=0)}  # a run may go on with more or fewer
-    run = Loop(str(folder), stage.steps, seed, settings["resume"], config, told, folder.name)
+    run = Loop(str(folder), stage.steps, seed, settings["resume"], config, told, folder.name, shards=True)
     split = stage.batch_size / (config.accumulate * run.accelerator.num_processes)
     if split != int(split) or split < 1:
         raise UserError(
@@ -216,19 +217,19 @@ def _train_stage(
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     trained = set_trained(model, stage, bool(lora.rank))
     groups = [{"params": p, "lr": stage.trains[part], "rate": stage.trains[part]} for part, p in trained.items()]
-    optimizer = run.accelerator.prepare(
-        torch.optim.AdamW(groups, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True)
-    )
+    optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True)
+    _take_part(model)
+    wrapped, optimizer = run.prepare(model, optimizer)
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    state = run.restore()
+    state = (
+        run.restore(lambda place: load_shards(place, _values(learning), optimizer)) if run.sharded else run.restore()
+    )
     if state is not None:
-        with torch.no_grad():
-            for name, parameter in learning.items():
-                parameter.copy_(state["model"][name])
+        for name, value in _values(learning).items():
+            value.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
         if streamed and (change := streamed.load_state_dict(state["data"])):
             run.say(change)
-    wrapped = run.accelerator.prepare(model)
     parameters = list(learning.values())
     first, last = run.start * config.accumulate, stage.steps * config.accumulate
     stream = streamed or step_batches(batches, first, last, data.workers)
@@ -240,9 +241,12 @@ def _train_stage(
         totals = _counts(model, parts)
         sums: dict[str, Tensor] = {}
         for batch in parts:
-            out = wrapped(**batch.inputs, counts=totals)
-            if out.loss.requires_grad:  # a batch may hold nothing that the stage's parts have to do with
-                run.accelerator.backward(out.loss * run.accelerator.num_processes)  # DDP takes the mean of sums
+            # Gradients meet once a step; where they are split they meet each time, or they would be held whole.
+            alone = batch is not parts[-1] and not run.sharded
+            with run.accelerator.no_sync(wrapped) if alone else contextlib.nullcontext():
+                with run.accelerator.autocast():
+                    out = wrapped(**batch.inputs, counts=totals)
+                run.accelerator.backward(out.loss * run.accelerator.num_processes)  # the mean of sums is taken
             for name, value in (out.parts() | {"loss": out.loss.detach()}).items():
                 sums[name] = sums.get(name, 0) + value
         sums = {name: all_reduce_sum(value) for name, value in sums.items()}
@@ -259,14 +263,34 @@ def _train_stage(
             found = evaluate(model, held_out, run.device)
             run.record({"step": step + 1, **{f"eval_{k}": round(v, 4) for k, v in found.items()}})
             run.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-        if run.due(step, config.save_every):
-            weights = {name: parameter.detach() for name, parameter in learning.items()}
-            place = {"data": streamed.state_dict()} if streamed else {}
-            run.save(step + 1, {"model": weights, "optimizer": optimizer.state_dict(), **place})
-    if adapters is not None:
+        if run.saves(step):
+            reached = {"data": streamed.state_dict()} if streamed else {}
+            run.save(step + 1, {"model": _values(learning), "optimizer": optimizer.state_dict(), **reached})
+    if run.sharded:
+        gather(model, keep=run.main)
+    if adapters is not None and run.main:
         adapters.merge_and_unload()
-    if run.main:
-        _write(model, processor, settings, folder)
+    place = run.write(lambda draft: _write(model, processor, settings, draft))
+    run.say(f"written: {place}")
+
+
+def _take_part(model: DualTokenForConditionalGeneration) -> None:
+    """Let every parameter that learns have a gradient after every pass, 0 where the batch has nothing for it.
+
+    A batch may show no picture, or draw none, and processes wait for each other's gradients. (On one process too, so
+    that one process and many learn the same.) The LLM is part of every pass.
+    """
+
+    def add(module: nn.Module, _: Any, out: Any) -> None:
+        idle = [p for n, p in module.named_parameters() if p.requires_grad and part_of(n) != "llm"]
+        if out.loss is not None and idle and torch.is_grad_enabled():
+            out.loss = out.loss + 0.0 * sum(p.flatten()[0] for p in idle)
+
+    model.register_forward_hook(add)
+
+
+def _values(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
 def _codes(
@@ -325,17 +349,12 @@ def _adapters(llm: nn.Module, lora: LoraConfig) -> Any:
 
 
 def _write(
-    model: DualTokenForConditionalGeneration, processor: DualTokenProcessor, settings: dict[str, Any], folder: Path
+    model: DualTokenForConditionalGeneration, processor: DualTokenProcessor, settings: dict[str, Any], directory: Path
 ) -> None:
-    """The model of the stage as a directory, whole or not at all."""
-    draft = folder / "model.draft"
-    shutil.rmtree(draft, ignore_errors=True)
+    """The model of the stage as a directory."""
     model.attach(open_tokenizer(settings["vision_tokenizer"], "--vision_tokenizer"))
     place = None
     if not settings["write_tokenizer"]:
         place = str(tokenizer_directory(settings["vision_tokenizer"]).resolve())
-    model.to("cpu", dtype=getattr(torch, settings["dtype"])).save_pretrained(draft, tokenizer_path=place)
-    processor.save_pretrained(draft)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    draft.rename(folder / "model")
-    print(f"written: {folder / 'model'}")
+    model.to("cpu", dtype=getattr(torch, settings["dtype"])).save_pretrained(directory, tokenizer_path=place)
+    processor.save_pretrained(directory)

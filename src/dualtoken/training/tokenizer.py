@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.utils import make_grid
 
+from dualtoken.core.distributed import mean_parts
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_bytes, to_float, to_picture
 from dualtoken.data.images import DataConfig, StepBatches, open_source, step_batches
@@ -107,7 +108,8 @@ def train_tokenizer(
     if losses.perceptual > 0:
         perceptual = build_perceptual(teacher, losses.lpips_net, losses.lpips_weights).to(run.device)
     source = open_source(data, tokenizer.image_size)
-    batches = StepBatches(source, data.batch_size, seed, run.accelerator.process_index, run.accelerator.num_processes)
+    share = run.share(data.batch_size)
+    batches = StepBatches(source, share, seed, run.accelerator.process_index, run.accelerator.num_processes)
     held_out = open_source(DataConfig(evaluation.source, seed=data.seed), tokenizer.image_size, "test")
 
     optimizer = run.accelerator.prepare(optim.build(list(tokenizer.parameters())))
@@ -143,37 +145,37 @@ def train_tokenizer(
                 found = generator_losses(
                     out, images, features, pooled, losses, perceptual, adversarial, tokenizer.decoder.last_layer
                 )
-            run.check(step, found.parts)
+            parts = mean_parts({"loss": found.total, **found.parts})  # of the joined batch
+            run.check(step, parts)
             run.accelerator.backward(found.total / loop.accumulate)
             if adversarial is not None:
                 adversarial.requires_grad_(True)
                 with run.accelerator.autocast():
                     judged = discriminator_loss(wrapped_judge, images, out.images)
-                run.check(step, {"discriminator": judged})
+                parts |= mean_parts({"discriminator": judged})
+                run.check(step, parts)
                 run.accelerator.backward(judged / loop.accumulate)
         norm = run.accelerator.clip_grad_norm_(tokenizer.parameters(), optim.clip or 1e9)
         if run.accelerator.scaler is None:  # fp16 skips steps whose gradient overflows by itself
             run.check(step, {"gradient": norm})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        values = {"loss": found.total, **found.parts, "norm": norm, "lr": optim.rate(step, steps)}
+        values = {**parts, "norm": norm, "lr": optim.rate(step, steps)}
         if adversarial is not None:
             optim.step(judge_optimizer, step, steps)
             judge_optimizer.step()
             judge_optimizer.zero_grad(set_to_none=True)
-            values["discriminator"] = judged
         if average is not None:
             average.update_parameters(tokenizer)
         run.log(step, values | code_statistics(out), batch.skipped)
-        if run.due(step, loop.save_every):
+        if run.saves(step):
             run.save(step + 1, {k: None if v is None else v.state_dict() for k, v in holders.items()})
         if run.due(step, loop.eval_every) and run.main:
             evaluate(run, step, average.module if average is not None else tokenizer, teacher, held_out, evaluation)
             set_trained(tokenizer, phase.trains)
-    if run.main:
-        final = average.module if average is not None else tokenizer
-        write_model(final, run.output / "model", getattr(torch, dtype))
-    return {"model": str(run.output / "model"), "steps": steps}
+    final = average.module if average is not None else tokenizer
+    place = run.write(lambda draft: write_model(final, draft, getattr(torch, dtype)))
+    return {"model": str(place), "steps": steps}
 
 
 def build_tokenizer(
@@ -238,11 +240,13 @@ def evaluate(
     first = next(fixed_batches(source, 8)).to(run.device)
     grid = make_grid(torch.cat([first, to_bytes(reconstruct(model, to_float(first)))]), nrow=len(first), padding=2)
     folder = run.output / "samples"
-    folder.mkdir(exist_ok=True)
-    to_picture(grid).save(folder / f"step-{step + 1:08d}.png")
+    with run.sparing("the sample picture"):
+        folder.mkdir(exist_ok=True)
+        to_picture(grid).save(folder / f"step-{step + 1:08d}.png")
     values = {f"eval_{k}": v for k, v in asdict(result).items() if v is not None}
     run.record({"step": step + 1, **{k: round(v, 5) for k, v in values.items()}})
-    run.accelerator.log(values, step=step + 1)
+    with run.sparing("lines of the tracker"):
+        run.accelerator.log(values, step=step + 1)
     run.say(f"step {step + 1}: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}")
 
 
