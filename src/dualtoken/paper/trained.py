@@ -4,6 +4,7 @@ A part is a run of a training command in a folder of its own, so one that was in
 Two processes with one folder of parts share the work: each leaves alone what the other is training.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -169,7 +170,8 @@ def _run(part: Part, folder: Path, models: dict[str, Path], setting: Setting) ->
         content["data"] = content["data"] | {"codes": str(_codes(content, setting))}
     parser = _parser(part.command)
     print(f"training {folder.name}")
-    COMMANDS[part.command](**parser.instantiate(parser.parse_object(content)).as_dict())
+    parsed = parser.parse_object(copy.deepcopy(content))  # it changes what it is given
+    COMMANDS[part.command](**parser.instantiate(parsed).as_dict())
     for states in folder.rglob("states"):
         shutil.rmtree(states)
     told = {"minutes": round((time.time() - start) / 60, 3), "command": part.command, "content": content}
