@@ -88,7 +88,7 @@ class Border:
         headers = Headers(scope=scope)
         if self.config.api_key is not None and scope["path"] not in OPEN:
             given, wanted = headers.get("authorization", ""), f"Bearer {self.config.api_key}"
-            if not hmac.compare_digest(given.encode(), wanted.encode()):
+            if not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):
                 return ApiError(401, "wrong or no API key: send Authorization: Bearer KEY", code="invalid_api_key")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.config.max_bytes:
