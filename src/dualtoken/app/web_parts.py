@@ -45,7 +45,7 @@ def picture_input(label: str, pick: str = "or pick one") -> gr.Image:
             sources=["upload", "clipboard"], buttons=[],
         )  # fmt: skip
         picked = gr.Gallery(
-            samples(), label=pick, columns=4, height=130, allow_preview=False, format="png", buttons=[],
+            samples(), label=pick, columns=3, height=250, allow_preview=False, format="png", buttons=[],
             interactive=False,
         )  # fmt: skip
 

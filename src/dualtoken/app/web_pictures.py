@@ -41,7 +41,7 @@ def draw_tab(assistant: Assistant) -> None:
         button = gr.Button("Draw", variant="primary")
         place = gr.Row()
     with gr.Row():
-        with_semantic, without = gallery(BOTH), gallery(PIXEL_ONLY)
+        with_semantic, without = gallery(BOTH, height="auto"), gallery(PIXEL_ONLY, height="auto")
 
     def draw(
         prompt: str, number: int, compare: bool, guidance: float, pixel: float, semantic: float, seed: float | None,
@@ -70,7 +70,7 @@ def edit_tab(assistant: Assistant) -> None:
             with gr.Row():
                 button = gr.Button("Edit", variant="primary")
                 place = gr.Row()
-            edited = gallery("edited")
+            edited = gallery("edited", height="auto")
 
     def edit(
         picture: str | None, instruction: str, number: int, guidance: float, pixel: float, semantic: float,

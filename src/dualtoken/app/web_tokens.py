@@ -31,8 +31,8 @@ def tokenize_tab(assistant: Assistant) -> None:
                               label="depth of the maps, and depths that must agree to share a code")  # fmt: skip
     codes = gr.Markdown(HINT)
     with gr.Row():
-        same_pixel = gallery("patches with the same pixel codes", columns=8, allow_preview=False, height=220)
-        same_semantic = gallery("patches with the same semantic codes", columns=8, allow_preview=False, height=220)
+        same_pixel = gallery("patches with the same pixel codes", columns=5, allow_preview=False, height=220)
+        same_semantic = gallery("patches with the same semantic codes", columns=5, allow_preview=False, height=220)
 
     def load(picture: str | None, depth: int, level: int) -> Any:
         if picture is None:
