@@ -23,7 +23,11 @@ def fenced(page, language):
     return [code for name, code in blocks if name == language]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if fenced(p, "python")], ids=lambda p: p.name)
+# serve.md's Python calls a running server: tests/app/test_server.py has one.
+PYTHON = [p for p in PAGES if fenced(p, "python") and p.name != "serve.md"]
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=lambda p: p.name)
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(("a.jpg", "b.png", "my.png", "my.jpg")):
@@ -38,7 +42,7 @@ def commands():
     for page in PAGES:
         blocks = fenced(page, "console") + fenced(page, "")
         for line in "".join(blocks).splitlines():
-            found = re.search(r"(?:^|\s|/|which )dualtoken\)? ([\w-].*)", line.split("  #")[0])
+            found = re.search(r"(?:^|uv run |/|which )dualtoken\)? ([\w-].*)", line.split("  #")[0])
             if found and not line.startswith(("from", "import")):
                 yield page.name, found[1].split()
 

@@ -317,7 +317,7 @@ class Slow:
 
         def step(*arguments):
             self.begun.set()
-            self.go.wait(0.05)
+            self.go.wait(0.5)
             return draw(*arguments)
 
         self.engine.model.pixel_head.step = step
@@ -410,9 +410,9 @@ def test_a_stream_ends_when_the_client_leaves():
 
 
 def test_late_requests_are_given_up(slow):
-    with running(ServerConfig(MODEL, timeout_s=0.5), slow.engine) as (url, _):
+    with running(ServerConfig(MODEL, timeout_s=2), slow.engine) as (url, _):
         answer = post(url)
-        assert answer.status_code == 504 and "0.5 s" in answer.json()["error"]["message"]
+        assert answer.status_code == 504 and "2 s" in answer.json()["error"]["message"]
         assert eventually(lambda: slow.ended == [1])
         slow.go.set()
         assert post(url).status_code == 200

@@ -169,8 +169,8 @@ def figure5(setting: Setting) -> Result:
     """The same prompts drawn with both codes and with pixel codes alone."""
     prompts = skill_prompts(SHOWN, setting.seed)[:SHOWN]  # those of the first skill
     grids: dict[str, Tensor] = {}
-    rows = []
-    for name, part in _two_models(setting).items():
+    rows, parts = [], _two_models(setting)
+    for name, part in parts.items():
         pictures = draws(setting, str(part.model(setting)), prompts)
         grids[name] = _stack(pictures)
         rows.append(Row(name, by_kind(prompts, pictures)))
@@ -178,7 +178,8 @@ def figure5(setting: Setting) -> Result:
     draw_rows(setting.out / "fig5.png", list(grids.values()), list(grids), titles)
     shares = (f"{row.name} {row.measured['overall']:.0f} %" for row in rows)
     said = [f"Right by rule: {', '.join(shares)}."]
-    return Result(rows, said, {"fig5.png": "One column a prompt: drawn with both codes, and with pixel codes alone"})
+    files = {"fig5.png": "One column a prompt: drawn with both codes, and with pixel codes alone"}
+    return Result(rows, said, files, minutes(list(parts.values()), setting))
 
 
 def table2(setting: Setting) -> Result:
