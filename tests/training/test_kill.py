@@ -20,7 +20,7 @@ from dualtoken.training import loop
 from tests import tiny
 from tests.training.processes import die_writing, run, start
 
-STEPS, KILLS = 40, 20
+STEPS, KILLS = 120, 20
 
 
 def call(folder, steps=STEPS, **changes):
@@ -30,6 +30,12 @@ def call(folder, steps=STEPS, **changes):
     content = tiny.recipe(phases=[{"steps": steps}], losses={"adversarial": 0.0}, loop=settings)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     return ["train-tokenizer", "--config", str(folder / "recipe.yaml"), "--output", str(folder / "run")]
+
+
+def saved(folder):
+    """Step of the newest state that is whole."""
+    found = latest_state(folder / "run/states")
+    return 0 if found is None else found[1]["step"]
 
 
 def same(one, two):
@@ -43,21 +49,20 @@ def test_killed_at_twenty_moments_it_ends_with_the_weights_of_an_undisturbed_run
     began = time.time()
     assert run([call(tmp_path / "whole")], tmp_path / "whole") == [0]
     lasted = time.time() - began
-    rng, killed, reached = random.Random(0), 0, 0
+    rng, reached = random.Random(0), 0
     folder = tmp_path / "killed"
     for number in range(KILLS):
-        writing = number % 2 == 1  # every other time while a state, or the model, is being written
-        disturb = (die_writing, rng.randrange(8 * 3)) if writing else None
-        (process,) = start([call(folder)], folder, disturb=disturb)
-        process.join(60 if writing else rng.uniform(0.1, 0.4) * lasted)
+        writing = number % 2 == 1  # every other time while a state is being written
+        (process,) = start([call(folder)], folder, disturb=(die_writing, rng.randrange(8 * 3)) if writing else None)
+        while not writing and process.is_alive() and saved(folder) == reached:
+            time.sleep(0.01)
+        process.join(60 if writing else rng.uniform(0, 4) * lasted / STEPS)
         process.kill()
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
-        found = latest_state(folder / "run/states")
-        step = 0 if found is None else found[1]["step"]
-        assert step >= reached, "a state that was whole is gone"
-        reached = step
-    assert killed >= KILLS // 2 and reached > 0
+        assert process.exitcode == -signal.SIGKILL
+        assert saved(folder) >= reached, "a state that was whole is gone"
+        reached = saved(folder)
+    assert KILLS // 2 <= reached < STEPS
     assert run([call(folder)], folder) == [0]
     assert same(folder, tmp_path / "whole")
     ours, theirs = (_losses(place) for place in (folder, tmp_path / "whole"))
