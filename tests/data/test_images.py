@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -131,3 +133,17 @@ def test_unreadable_pictures_are_replaced_and_counted(folder):
         file.write_text("no picture")
     with pytest.raises(UserError, match="100 pictures in a row"):
         StepBatches(ImageFolder(folder, 16), 2, seed=0)[0]
+
+
+UNFINISHED = """
+from torch.utils.data import DataLoader
+from dualtoken.data.images import outlive_sigterm
+loader = iter(DataLoader(range(100), num_workers=1, worker_init_fn=outlive_sigterm))
+next(loader)
+type(loader).__del__ = loader._shutdown_workers = lambda *_: None  # as where a reader is never closed
+"""
+
+
+def test_python_ends_where_a_loading_process_was_never_closed():
+    done = subprocess.run([sys.executable, "-c", UNFINISHED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr

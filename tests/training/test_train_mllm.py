@@ -169,7 +169,7 @@ def test_every_parameter_has_a_part_but_the_vision_tokenizers():
 def test_a_run_logs_every_part_and_evaluates_unseen_chats(finished):
     lines = log(finished, "4-2")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    assert {"text", "pixel", "semantic", "useful", "lr"} <= set(lines[0])
+    assert {"text", "pixel", "semantic", "useful", "norm", "lr"} <= set(lines[0]) and lines[0]["norm"] > 0
     assert {"eval_vqa_text", "eval_text_to_image_pixel", "eval_story_semantic"} <= set(lines[-1])
     depth = 2
     for line in (x for x in lines if "loss" in x):  # eq. 7 sums over depths

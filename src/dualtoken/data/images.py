@@ -4,7 +4,9 @@ A source gives sample number `index`; a step's batch is a function of (seed, ste
 state but its step to go on exactly, and the number of loading processes does not change what is learnt.
 """
 
+import atexit
 import itertools
+import multiprocessing.util
 import signal
 import tarfile
 from collections.abc import Iterator
@@ -285,6 +287,18 @@ class StepBatches(Dataset):
 def outlive_sigterm(_: int) -> None:
     """A loading process ends with the one it loads for, which may have a step to finish when SIGTERM comes to all."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_loading() -> None:
+    """At the end of Python, before multiprocessing sends SIGTERM to its children and waits for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call the killed ones an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+atexit.register(_end_loading)  # called before that of multiprocessing.util, which is registered by its import
 
 
 def step_batches(batches: Dataset, start: int, stop: int, workers: int) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dualtoken.core.distributed import all_reduce_sum
 from dualtoken.core.errors import UserError
@@ -251,14 +252,16 @@ def _train_stage(
                 sums[name] = sums.get(name, 0) + value
         sums = {name: all_reduce_sum(value) for name, value in sums.items()}
         run.check(step, sums)
-        if optim.clip:
-            run.accelerator.clip_grad_norm_(parameters, optim.clip)
+        norm = run.accelerator.clip_grad_norm_(parameters, optim.clip or 1e9)
+        if isinstance(norm, DTensor):  # where parameters are split over the processes
+            norm = norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad()
         useful = sum(b.useful for b in parts) / len(parts)
         read = streamed.counts(run.device) if streamed and run.due(step, config.log_every) else {}
         skipped = streamed.take_skipped() if streamed else []
-        run.log(step, sums | {"useful": useful, "lr": optim.factor(step, stage.steps)} | read, skipped)
+        measures = {"norm": norm, "useful": useful, "lr": optim.factor(step, stage.steps)}
+        run.log(step, sums | measures | read, skipped)
         if held_out and run.due(step, config.eval_every):
             found = evaluate(model, held_out, run.device)
             run.record({"step": step + 1, **{f"eval_{k}": round(v, 4) for k, v in found.items()}})
