@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from dualtoken.cli import main
 from dualtoken.core.checkpoint import latest_state
-from dualtoken.core.errors import UserError
 from dualtoken.tokenizer.presets import open_tokenizer
 from dualtoken.training.loop import Loop, LoopConfig, OptimConfig
 from dualtoken.training.tokenizer import set_trained
@@ -46,6 +45,12 @@ def test_a_run_writes_model_log_states_and_samples(finished):
     parts = {"mse", "teacher_perceptual", "features", "pooled", "pixel_commitment", "discriminator", "adversarial"}
     assert parts <= set(lines[-2]) and "adversarial" not in lines[0]
     assert [line["step"] for line in lines if "mse" in line] == list(range(1, 9))
+    assert {
+        f"{name}_{what}_{depth}"
+        for name in ("pixel", "semantic")
+        for what in ("usage", "perplexity")
+        for depth in (1, 2)
+    } <= set(lines[0])
     assert {"eval_psnr", "eval_ssim", "eval_teacher_frechet"} <= set(lines[-1])
 
 
@@ -154,9 +159,3 @@ def test_random_state_of_a_step_depends_on_its_number_alone(tmp_path):
 
     whole = draws(0)
     assert len(set(whole.values())) == 4 and draws(2) == {2: whole[2], 3: whole[3]}
-
-
-def test_the_part_that_is_not_finite_is_named(tmp_path):
-    loop = Loop(str(tmp_path), 4, 0, "auto", LoopConfig(tracker="none"), {})
-    with pytest.raises(UserError, match="step 3: pooled not finite"):
-        loop.check(3, {"mse": torch.tensor(1.0), "pooled": torch.tensor(float("nan"))})

@@ -103,7 +103,7 @@ def train_encoder(
         grow_stem: steps for which the residual convolutions of a stem stand still: colors first, then shapes.
     """
     settings = dict(locals())
-    run = Loop(output, steps, seed, resume, loop, settings)
+    run = Loop(output, steps, seed, resume, loop, settings, data.batch_size * loop.accumulate)
     seed_step(seed, 2**32, 0)
     config = ImageTextConfig(asdict(backbone), asdict(text))
     trainer = EncoderTrainer(ImageTextEncoder(config), text, caption_weight > 0)
@@ -127,19 +127,21 @@ def train_encoder(
     stream = step_batches(batches, run.start * loop.accumulate, steps * loop.accumulate, data.workers)
     for step in run.run():
         optim.step(optimizer, step, steps)
+        sound = True
         for _ in range(loop.accumulate):
-            batch = next(stream)
+            batch = run.take(stream)
             ids = tokenize(tokenizer, batch.captions).to(run.device)
             with run.accelerator.autocast():
                 parts = model(to_float(batch.images.to(run.device)), ids)
             loss = parts["sigmoid"] + caption_weight * parts.get("caption", 0.0)
-            run.check(step, parts)
+            sound &= run.check(step, parts)
             run.accelerator.backward(loss / loop.accumulate)
         for parameter in residual if step < grow_stem else ():
             parameter.grad = None
         norm = run.accelerator.clip_grad_norm_(trainer.parameters(), optim.clip or 1e9)
-        run.check(step, {"gradient": norm})
-        optimizer.step()
+        sound &= run.check(step, {"gradient": norm})
+        if sound:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(step, {"loss": loss, **parts, "norm": norm, "lr": optim.rate(step, steps)}, batch.skipped)
         if run.saves(step):

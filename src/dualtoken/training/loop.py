@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import timedelta
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from dualtoken.core.checkpoint import disk_errors, latest_state, load_state, save_state
 from dualtoken.core.distributed import any_process, on_main
 from dualtoken.core.errors import UserError
+from dualtoken.training.health import MOST_SKIPPED, Pace, Skipped, collapsed
 from dualtoken.training.sharded import allow_cpu, save_shards, shard, shard_plugin
 
 # What the others wait for the main process: it alone makes the codes of all pictures, and evaluates the tokenizer.
@@ -48,6 +48,10 @@ class LoopConfig:
         gradient_checkpointing: compute the LLM's activations again going back, for less memory (train-mllm).
         shard: FSDP2: split weights, gradients and moments over the processes (train-mllm); also chosen by an
             `accelerate config` with FSDP.
+        on_nan: stop where a loss or gradient is not finite, or skip that step's update with a warning (10 in a row
+            stop nonetheless; codebooks that move by EMA have then moved already).
+        on_collapse: what follows where codes of a batch have a perplexity below `collapse` at some depth
+            (train-tokenizer): a warning, a stop, or nothing. Looked at with every line of the log.
     """
 
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -59,6 +63,9 @@ class LoopConfig:
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     gradient_checkpointing: bool = False
     shard: bool = False
+    on_nan: Literal["stop", "skip"] = "stop"
+    on_collapse: Literal["warn", "stop", "ignore"] = "warn"
+    collapse: float = 2.0
 
 
 def warm_cosine(step: int, steps: int, warmup: int, final: float) -> float:
@@ -104,7 +111,9 @@ class OptimConfig:
 class Loop:
     """A run in a folder: states in `states/`, `log.jsonl`, `settings.json`, tracker files in `tensorboard/`.
 
-    Args: shards: whether this kind of training can be split over processes (FSDP2).
+    Args:
+        samples: pictures or chats of a step, over all processes.
+        shards: whether this kind of training can be split over processes (FSDP2).
     """
 
     def __init__(
@@ -115,6 +124,7 @@ class Loop:
         resume: str,
         config: LoopConfig,
         settings: dict[str, Any],
+        samples: int = 0,
         title: str = "",
         shards: bool = False,
     ):
@@ -144,7 +154,8 @@ class Loop:
         self._last: Path | None = None
         self._lost: OSError | None = None  # why the newest save did not succeed
         self._terminated = self._stopping = False
-        self._skipped = 0
+        self._pace, self._skipped = Pace(steps, samples), Skipped()
+        self._bad_steps: list[int] = []  # the last ones in a row that were left out
         self._bar: tqdm | None = None
         self._title = title
         on_main(lambda: self.output.mkdir(parents=True, exist_ok=True))
@@ -243,7 +254,7 @@ class Loop:
             disable=not self.main,
             mininterval=1 if sys.stderr.isatty() else 60,
         )
-        self._since, self._at = time.time(), self.start
+        self._pace.begin(self.start)
         with self._hear_sigterm():
             for step in range(self.start, self.steps):
                 seed_step(self.seed, step, self.accelerator.process_index)
@@ -288,35 +299,64 @@ class Loop:
         """True after step number `step` (from 0) when `every` steps are full, and after the last."""
         return every > 0 and ((step + 1) % every == 0 or step + 1 == self.steps)
 
-    def check(self, step: int, parts: dict[str, Tensor]) -> None:
-        """Stop where a part of the loss is not finite. Raises UserError with step, part and last good state."""
-        finite = torch.stack([v.detach().float().isfinite().all() for v in parts.values()])
-        if not bool(finite.all()):
-            bad = [name for name, good in zip(parts, finite.tolist(), strict=True) if not good]
-            if self._bar is not None:
-                self._bar.close()  # before the error is printed, not over it
-            good = self._last or "none yet (--loop.save_every)"
-            raise UserError(
-                f"training stopped at step {step}: {', '.join(bad)} not finite; last good state: {good}; "
-                "a lower --optim.lr or --loop.precision no may help"
-            )
+    def take(self, stream: Iterator[Any]) -> Any:
+        """The next batch of a stream; the time it takes is logged as waiting."""
+        return self._pace.take(stream)
+
+    def check(self, step: int, parts: dict[str, Tensor]) -> bool:
+        """Whether all parts are finite, which are the same on every process.
+
+        Under fp16 a "gradient" may overflow: accelerate's scaler leaves out such steps itself. Raises UserError with
+        step, part and last good state where a part is not finite, unless such steps are skipped.
+        """
+        parts = {k: v for k, v in parts.items() if k != "gradient" or self.accelerator.scaler is None}
+        finite = torch.stack([v.detach().float().isfinite().all() for v in parts.values()]) if parts else torch.ones(0)
+        if bool(finite.all()):
+            return True
+        told = ", ".join(name for name, good in zip(parts, finite.tolist(), strict=True) if not good)
+        if step not in self._bad_steps:
+            self._bad_steps = [*(self._bad_steps if step - 1 in self._bad_steps else []), step]
+        if self.config.on_nan == "skip" and len(self._bad_steps) < MOST_SKIPPED:
+            self.say(f"warning: step {step} changes nothing: {told} not finite")
+            return False
+        advice = "a lower --optim.lr or --loop.precision no may help"
+        if self.config.on_nan == "skip":
+            advice = f"{MOST_SKIPPED} steps in a row were skipped; {advice}"
+        raise self._stopped(step, f"{told} not finite", advice)
+
+    def check_codebooks(self, step: int, perplexity: dict[str, Tensor]) -> None:
+        """Warn or stop where the codes of a step, [D] perplexities over all processes by vocabulary, have collapsed."""
+        if self.config.on_collapse == "ignore" or not self.due(step, self.config.log_every):
+            return
+        if found := collapsed(perplexity, self.config.collapse):
+            told = f"codes have collapsed: {', '.join(found)}, below --loop.collapse {self.config.collapse:g}"
+            if self.config.on_collapse == "stop":
+                advice = (
+                    "a higher weight of the codebook's losses, a smaller codebook or --loop.on_collapse warn may help"
+                )
+                raise self._stopped(step, told, advice)
+            self.say(f"warning: step {step}: {told}")
+
+    def _stopped(self, step: int, what: str, advice: str) -> UserError:
+        if self._bar is not None:
+            self._bar.close()  # before the error is printed, not over it
+        good = self._last or "none yet (--loop.save_every)"
+        return UserError(f"training stopped at step {step}: {what}; last good state: {good}; {advice}")
 
     def log(self, step: int, values: dict[str, Any], skipped: list[str] | None = None) -> None:
-        """Show and record values (numbers and one-element tensors); count files that could not be read."""
+        """Show and record values (numbers and one-element tensors) and the pace; count files that could not be read."""
         for line in skipped or []:
-            self._skipped += 1
-            if self._skipped <= 20:
+            if self._skipped.add(line) <= 20:
                 self.say(f"skipped: {line}")
         if not self.main or not self.due(step, self.config.log_every):
             return
         numbers = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in values.items()}
-        speed = (step + 1 - self._at) / max(1e-9, time.time() - self._since)
-        self._since, self._at = time.time(), step + 1
+        pace = self._pace.look(step + 1)
         self._bar.set_postfix({k: f"{v:.3g}" for k, v in list(numbers.items())[:6]}, refresh=False)
-        line = {"step": step + 1, **{k: round(v, 6) for k, v in numbers.items()}, "steps_per_s": round(speed, 2)}
-        self.record(line | ({"skipped": self._skipped} if self._skipped else {}))
+        line = {"step": step + 1, **{k: round(v, 6) for k, v in numbers.items()}, **pace}
+        self.record(line | ({"skipped": dict(self._skipped.kinds)} if self._skipped.kinds else {}))
         with self.sparing("lines of the tracker"):
-            self.accelerator.log(numbers, step=step + 1)
+            self.accelerator.log(numbers | pace, step=step + 1)
 
     def record(self, line: dict[str, Any]) -> None:
         """One line into log.jsonl."""

@@ -184,7 +184,8 @@ def _train_stage(
     data, optim, lora, config = (settings[k] for k in ("data", "optim", "lora", "loop"))
     seed, folder = settings["seed"], Path(settings["output"])
     told = settings | {"recipe": stage, "data": replace(data, workers=0)}  # a run may go on with more or fewer
-    run = Loop(str(folder), stage.steps, seed, settings["resume"], config, told, folder.name, shards=True)
+    many = stage.batch_size
+    run = Loop(str(folder), stage.steps, seed, settings["resume"], config, told, many, folder.name, shards=True)
     split = stage.batch_size / (config.accumulate * run.accelerator.num_processes)
     if split != int(split) or split < 1:
         raise UserError(
@@ -238,7 +239,7 @@ def _train_stage(
         wrapped.train()
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * optim.factor(step, stage.steps)
-        parts = [with_codes(model.vision_tokenizer, next(stream)).to(run.device) for _ in range(config.accumulate)]
+        parts = [with_codes(model.vision_tokenizer, run.take(stream)).to(run.device) for _ in range(config.accumulate)]
         totals = _counts(model, parts)
         sums: dict[str, Tensor] = {}
         for batch in parts:
@@ -251,11 +252,11 @@ def _train_stage(
             for name, value in (out.parts() | {"loss": out.loss.detach()}).items():
                 sums[name] = sums.get(name, 0) + value
         sums = {name: all_reduce_sum(value) for name, value in sums.items()}
-        run.check(step, sums)
         norm = run.accelerator.clip_grad_norm_(parameters, optim.clip or 1e9)
         if isinstance(norm, DTensor):  # where parameters are split over the processes
             norm = norm.full_tensor()
-        optimizer.step()
+        if run.check(step, sums | {"gradient": norm}):
+            optimizer.step()
         optimizer.zero_grad()
         useful = sum(b.useful for b in parts) / len(parts)
         read = streamed.counts(run.device) if streamed and run.due(step, config.log_every) else {}

@@ -98,7 +98,7 @@ def train_tokenizer(
             raise UserError(f"--phases: trains {unknown or '[]'}; the parts are {', '.join(PARTS)}")
     start = load_backbone(encoder, backbone)  # what is wrong with it is said before any work
     steps = sum(phase.steps for phase in phases)
-    run = Loop(output, steps, seed, resume, loop, settings)
+    run = Loop(output, steps, seed, resume, loop, settings, data.batch_size * loop.accumulate)
     seed_step(seed, 2**32, 0)
     tokenizer = build_tokenizer(start, pixel, semantic, decoder, pixel_encoder).to(run.device)
     teacher = copy.deepcopy(tokenizer.backbone).eval().requires_grad_(False)
@@ -132,8 +132,9 @@ def train_tokenizer(
             model = run.accelerator.prepare(tokenizer)
         optim.step(optimizer, step, steps)
         adversarial = judge if judge is not None and step >= discriminator.start else None
+        sound = True
         for _ in range(loop.accumulate):
-            batch = next(stream)
+            batch = run.take(stream)
             images = to_float(batch.images.to(run.device))
             with torch.no_grad(), run.accelerator.autocast():
                 (features,) = teacher.taps(images, (teacher.semantic_layer,))
@@ -146,27 +147,29 @@ def train_tokenizer(
                     out, images, features, pooled, losses, perceptual, adversarial, tokenizer.decoder.last_layer
                 )
             parts = mean_parts({"loss": found.total, **found.parts})  # of the joined batch
-            run.check(step, parts)
+            sound &= run.check(step, parts)
             run.accelerator.backward(found.total / loop.accumulate)
             if adversarial is not None:
                 adversarial.requires_grad_(True)
                 with run.accelerator.autocast():
                     judged = discriminator_loss(wrapped_judge, images, out.images)
                 parts |= mean_parts({"discriminator": judged})
-                run.check(step, parts)
+                sound &= run.check(step, parts)
                 run.accelerator.backward(judged / loop.accumulate)
         norm = run.accelerator.clip_grad_norm_(tokenizer.parameters(), optim.clip or 1e9)
-        if run.accelerator.scaler is None:  # fp16 skips steps whose gradient overflows by itself
-            run.check(step, {"gradient": norm})
-        optimizer.step()
+        sound &= run.check(step, {"gradient": norm})
+        if sound:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         values = {**parts, "norm": norm, "lr": optim.rate(step, steps)}
         if adversarial is not None:
             optim.step(judge_optimizer, step, steps)
-            judge_optimizer.step()
+            if sound:
+                judge_optimizer.step()
             judge_optimizer.zero_grad(set_to_none=True)
         if average is not None:
             average.update_parameters(tokenizer)
+        run.check_codebooks(step, {name: getattr(out, name).perplexity for name in ("pixel", "semantic")})
         run.log(step, values | code_statistics(out), batch.skipped)
         if run.saves(step):
             run.save(step + 1, {k: None if v is None else v.state_dict() for k, v in holders.items()})
@@ -214,12 +217,13 @@ def set_trained(tokenizer: DualTokenVisionTokenizer, trains: tuple[str, ...]) ->
 
 
 def code_statistics(out: Any) -> dict[str, Tensor]:
-    """Perplexity of the codes at the first depth, and the smallest usage over depths, for both vocabularies."""
-    found = {}
-    for name in ("pixel", "semantic"):
-        branch = getattr(out, name)
-        found |= {f"{name}_perplexity": branch.perplexity[0], f"{name}_usage": branch.usage.min()}
-    return found
+    """Share of the codes that a batch used and their perplexity, by vocabulary and depth."""
+    return {
+        f"{name}_{what}_{depth}": value
+        for name in ("pixel", "semantic")
+        for what in ("usage", "perplexity")
+        for depth, value in enumerate(getattr(getattr(out, name), what), 1)
+    }
 
 
 def fixed_batches(source: Any, images: int, batch_size: int = 64) -> Iterator[Tensor]:
