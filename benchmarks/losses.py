@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from benchmarks.measure import Case, Options, Work
 from dualtoken.core.linear_loss import classification_loss
 from dualtoken.mllm.presets import SHAPES
-from dualtoken.training.memory import stage_memory
+from dualtoken.training.memory import BatchShape, stage_memory
 from dualtoken.training.stages import STAGES
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # rows [M, W], weights [K, W], targets [M] -> scalar
@@ -98,16 +98,17 @@ def plan() -> Work:
 
     def run() -> None:
         model = SHAPES["paper-3b"].build()
-        dual = stage_memory(model, STAGES["4-1"], 8 * 384, 8 * 256)
+        batch = BatchShape(8, 384, 8, 8, 8 * 64)
+        dual = stage_memory(model, STAGES["4-1"], batch).total
         # Without the second vocabulary: no semantic head, no semantic half of the projector's first layer.
-        head = sum(p.numel() for p in model.semantic_head.parameters())
-        half = model.projector.joint[0].weight.numel() // 2
+        learning = (
+            sum(p.numel() for p in model.semantic_head.parameters()) + model.projector.joint[0].weight.numel() // 2
+        )
         branch = model.vision_tokenizer.semantic
         kept = sum(p.numel() for part in (branch.quantizer, branch.post) for p in part.parameters())
-        depths, width, layers = (model.config.semantic_head[k] for k in ("depth", "width", "layers"))
-        activations = 8 * 256 * depths * width * 2 * 20 * layers
-        single = dual.total - 16 * (head + half) - 4 * kept - activations
-        found.update({"dual GiB": dual.total / 2**30, "single GiB": single / 2**30,
-                      "dual over single": dual.total / single})  # fmt: skip
+        model.config.output = "pixel"
+        single = stage_memory(model, STAGES["4-1"], batch).total - 16 * learning - 4 * kept
+        found.update({"dual GiB": dual / 2**30, "single GiB": single / 2**30,
+                      "dual over single": dual / single})  # fmt: skip
 
     return Work(run, facts=lambda: found)

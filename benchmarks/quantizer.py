@@ -7,6 +7,7 @@ in the cache.
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,8 @@ def cases(options: Options) -> list[Case]:
         sizes = QuantizerConfig(codebook_size=size, code_dim=width, depth=depth)
         for rows in (n for n in counts if n <= options.largest):
             kinds = {"ours": ours, "its matrix products alone": products}
+            if options.device == "cuda":
+                kinds["ours, one Triton kernel"] = ours_triton
             if rows <= SLOW:
                 kinds |= {"vector-quantize-pytorch ResidualVQ, shared": library, "all distances at once": plain}
                 kinds |= {"the paper's repository": paper} if options.reference else {}
@@ -51,7 +54,7 @@ def cases(options: Options) -> list[Case]:
 
 def role(name: str) -> str:
     """What a line is, by its name."""
-    return "ours" if name == "ours" else "limit" if "products" in name else "reference"
+    return "ours" if name.startswith("ours") else "limit" if "products" in name else "reference"
 
 
 def inputs(config: QuantizerConfig, rows: int, device: str) -> Tensor:
@@ -82,6 +85,10 @@ def ours(config: QuantizerConfig, rows: int, training: bool, options: Options) -
 
 
 @torch.no_grad()
+def ours_triton(config: QuantizerConfig, rows: int, training: bool, options: Options) -> Work:
+    return ours(replace(config, search="triton"), rows, training, options)
+
+
 def agreement(quantizer: ResidualQuantizer, x: Tensor) -> dict[str, int]:
     """Codes that differ from those of all distances at once where both see the same residual, and how many are ties.
 

@@ -23,7 +23,7 @@ def test_help_does_not_import_torch():
 
 
 @pytest.mark.parametrize(
-    ("path", "command"), list(commands()), ids=lambda v: " ".join(v) if isinstance(v, tuple) else ""
+    ("path", "command"), list(commands()), ids=lambda v: "" if isinstance(v, Command) else " ".join(v)
 )
 def test_every_command_explains_its_options(path, command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -64,6 +64,16 @@ def mllm(seed=0, **changes):
     return model.eval(), processor
 
 
+@lru_cache
+def mllm_directory():
+    """Where `mllm()` is saved with its processor, until the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="dualtoken-tests-")
+    _FOLDERS.append(folder)
+    for part in mllm():
+        part.save_pretrained(folder.name)
+    return Path(folder.name)
+
+
 def images(count=2, size=SIZE, seed=0):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 

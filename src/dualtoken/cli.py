@@ -1,6 +1,7 @@
 """The command line: a dict of functions, each imported when it is called, so that `--help` is quick."""
 
 import importlib
+import shlex
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,6 +19,7 @@ class Command(NamedTuple):
     help: str
     example: str
     optional: str = ""  # an argument that may be given without its option's name
+    page: bool = False  # what it writes to --output is put beside it as a page to read
 
 
 GROUPS = {
@@ -85,37 +87,48 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "what is in shards of pictures or codes: a table and a picture grid",
             "dualtoken data inspect codes/000.tar --output look/",
         ),
+        "scenes": Command(
+            "dualtoken.app.shards:scenes",
+            "write drawn scenes with captions as webdataset shards",
+            "dualtoken data scenes shards/ --images 40000",
+        ),
     },
     "eval": {
         "reconstruction": Command(
             "dualtoken.eval.commands:reconstruction",
             "PSNR, SSIM and Frechet distances of reconstructions",
             "dualtoken eval reconstruction --data photos/ --output result.json",
+            page=True,
         ),
         "zero-shot": Command(
             "dualtoken.eval.commands:zero_shot",
             "zero-shot accuracy from semantic codes, beside the continuous teacher",
             "dualtoken eval zero-shot --model mini",
+            page=True,
         ),
         "retrieval": Command(
             "dualtoken.eval.commands:retrieval",
             "image-text retrieval R@1 from semantic codes, beside the continuous teacher",
             "dualtoken eval retrieval --model mini",
+            page=True,
         ),
         "understanding": Command(
             "dualtoken.eval.understanding:understanding",
             "answers to questions by type, and captions, of unseen scenes",
             "dualtoken eval understanding --output result.json",
+            page=True,
         ),
         "generation": Command(
             "dualtoken.eval.generation:generation",
             "drawings and edits of unseen scenes, judged by rule from the picture",
             "dualtoken eval generation --output result.json --pictures sheets/",
+            page=True,
         ),
         "scores": Command(
             "dualtoken.eval.scores:scores",
             "result files of benchmarks' scorers (GenEval, WISE, ...) in one report",
             "dualtoken eval scores --geneval results.jsonl --output report.json",
+            page=True,
         ),
     },
     "analyze": {
@@ -175,6 +188,11 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "train the multimodal LLM in all stages, or in one",
         "dualtoken train-mllm --config mini-mllm --stages all",
     ),
+    "plan": Command(
+        "dualtoken.app.plan:plan",
+        "what a large run of train-mllm takes: memory, tokens, steps, disk",
+        "dualtoken plan qwen2.5-3b --devices 64 --images 60M --shard true",
+    ),
 }
 
 
@@ -233,6 +251,7 @@ def _call(command: Command, path: list[str], arguments: list[str]) -> int:
     """Parse options for the function and call it. A recipe's name stands for its file."""
     import jsonargparse
 
+    typed = [*path, *arguments]
     arguments = [_recipe(arguments[i - 1] if i else "", SHORT.get(a, a)) for i, a in enumerate(arguments)]
     module, name = command.target.split(":")
     function = getattr(importlib.import_module(module), name)
@@ -255,6 +274,9 @@ def _call(command: Command, path: list[str], arguments: list[str]) -> int:
         raise UserError(_explain(str(error), parser, path)) from None
     settings.pop("config", None)
     function(**parser.instantiate(settings).as_dict())
+    if command.page and settings.output and Path(settings.output).is_file():
+        write_page = importlib.import_module("dualtoken.app.result_page").write_page
+        write_page([Path(settings.output)], Path(settings.output).with_suffix(".html"), path[-1], shlex.join(typed))
     return 0
 
 

@@ -11,12 +11,8 @@ from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mllm")
-    built, processor = tiny.mllm()
-    built.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+def model():
+    return str(tiny.mllm_directory())
 
 
 @pytest.fixture
@@ -36,6 +32,8 @@ def test_draw_writes_a_file_for_each_seed_and_the_same_again(tmp_path, model, ca
     one, three = (Image.open(tmp_path / f / "a-red-circle-5.png") for f in ("a", "b"))
     assert three.size == (3 * one.width, 3 * one.height)
     assert three.resize(one.size, Image.Resampling.NEAREST).tobytes() == one.tobytes()
+    assert main([*asked, "--engine", "static", "--out", str(tmp_path / "c")]) == 0
+    assert Image.open(tmp_path / "c/a-red-circle-5.png").tobytes() == one.tobytes()
 
 
 def test_each_head_has_its_own_sampling(tmp_path, model):

@@ -36,7 +36,7 @@ def test_an_experiment_is_shown_with_its_pictures_and_the_papers_numbers(tmp_pat
     Image.new("RGB", (8, 8)).save(tmp_path / "map.png")
     result = {
         "id": "fig3", "title": "Layers", "claim": "runs", "scale": "full", "data": "imagenet", "seeds": [0],
-        "commit": "abc", "hardware": "a machine", "minutes": 1.5, "findings": ["it does"],
+        "commit": "abc", "hardware": "a machine", "minutes": 1.5, "budget": 30.0, "findings": ["it does"],
         "rows": [{"name": "a", "measured": {"runs": 3}, "paper": {"runs": 2}}], "pictures": {"map.png": "the map"},
     }  # fmt: skip
     (tmp_path / "fig3.json").write_text(json.dumps(result))

@@ -108,11 +108,8 @@ def test_shares_have_wilson_intervals():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mllm")
-    for part in tiny.mllm():
-        part.save_pretrained(folder)
-    return str(folder)
+def model():
+    return str(tiny.mllm_directory())
 
 
 def test_commands_write_their_results(model, tmp_path, capsys):
@@ -128,6 +125,8 @@ def test_commands_write_their_results(model, tmp_path, capsys):
     found = json.loads(path.read_text())
     assert found["guidance"] == 2 and found["shares"]["one object"]["total"] == 3
     assert found["shares"]["edits"]["total"] == 4
+    page = (tmp_path / "g.html").read_text()
+    assert "shares.one object.share" in page and "dualtoken eval generation" in page
     sheets = {p.name for p in (tmp_path / "sheets").iterdir()}
     assert sheets == {"one-object.png", "two-objects-with-relation.png", "edits.png"}
     assert Image.open(tmp_path / "sheets/edits.png").width > 100

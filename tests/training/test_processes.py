@@ -11,9 +11,6 @@ from safetensors.torch import load_file
 
 from dualtoken.core.checkpoint import load_state
 from dualtoken.mllm.model import DualTokenForConditionalGeneration
-from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_llm
-from dualtoken.mllm.visual_head import VisualHeadConfig
-from dualtoken.training import mllm
 from dualtoken.training.health import Pace
 from tests import tiny
 from tests.training.processes import run, terminate
@@ -21,21 +18,6 @@ from tests.training.processes import run, terminate
 STAGES = ("1", "2", "3", "4-1", "4-2")
 HALF = 2  # steps before a stop, of 4
 SIZE = 32  # px of the tokenizer's pictures
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Directory of a model to start from, with a text tokenizer that has learnt the scenes' words."""
-    content = tiny.mllm_recipe()
-    torch.manual_seed(5)
-    scenes = mllm.SceneChatConfig(**content["data"]["scenes"])
-    small = small_llm(mllm.scene_texts(scenes, 20), SmallLLMConfig(**content["small"]))
-    head = VisualHeadConfig(**content["model"]["head"])
-    model, processor = from_parts(content["vision_tokenizer"], *small, ModelConfig(head=head))
-    place = tmp_path_factory.mktemp("start")
-    model.save_pretrained(place)
-    processor.save_pretrained(place)
-    return place
 
 
 def tokenizer_call(folder):

@@ -9,41 +9,22 @@ import time
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 
 from dualtoken.cli import main
 from dualtoken.core.checkpoint import latest_state
-from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
-from dualtoken.core.images import to_float
 from dualtoken.data.mixture import MixtureBatches
-from dualtoken.data.scene_chat import SceneChatConfig, SceneChats, story
+from dualtoken.data.scene_chat import SceneChatConfig, SceneChats
 from dualtoken.mllm.model import Counts, DualTokenForConditionalGeneration
-from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_llm
 from dualtoken.mllm.processor import DualTokenProcessor
-from dualtoken.mllm.visual_head import VisualHeadConfig
 from dualtoken.training import mllm, stored_codes
 from dualtoken.training.loop import Loop
 from dualtoken.training.stages import STAGES, Stage, StageOptim, part_of, set_trained
-from dualtoken.training.stored_codes import picture_bytes, store_codes
 from tests import tiny
+from tests.training.mllm_runs import NAMES, differing, error, evaluated, log, model_of, recipe, weights, write
 
-NAMES = ("1", "2", "3", "4-1", "4-2")
 TRAINS = {name: set(stage["trains"]) for name, stage in tiny.mllm_recipe()["recipe"].items()}
 MIDDLE = 12  # steps of stage 2, long enough to be killed in
-
-
-def write(folder, start=None, *options, **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny.mllm_recipe(**changes)))
-    first = [] if start is None else ["--start", str(start)]
-    return ["train-mllm", "--config", str(folder / "recipe.yaml"), "--output", str(folder / "run"), *first, *options]
-
-
-def recipe(name="1", **changes):
-    """A recipe of one stage, with changes of it."""
-    return {name: tiny.mllm_recipe()["recipe"][name] | changes}
 
 
 def whole(stages=NAMES):
@@ -52,82 +33,12 @@ def whole(stages=NAMES):
     return {name: given[name] | ({"steps": MIDDLE} if name == "2" else {}) for name in stages}
 
 
-def evaluated():
-    """Options of a loop that evaluates."""
-    return tiny.mllm_recipe()["loop"] | {"eval_every": 4}
-
-
-def log(folder, stage):
-    return [json.loads(line) for line in (folder / f"run/stage-{stage}/log.jsonl").read_text().splitlines()]
-
-
-def weights(directory):
-    return load_file(directory / "model.safetensors")
-
-
-def model_of(folder, stage):
-    return folder / f"run/stage-{stage}/model"
-
-
-def differing(one, two):
-    """Names of the tensors that are not equal."""
-    one, two = weights(one), weights(two)
-    assert one.keys() == two.keys()
-    return {name for name in one if not torch.equal(one[name], two[name])}
-
-
-def error(capsys):
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: ")
-    return message
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Directory of a model to start from, with a text tokenizer that has learnt the scenes' words."""
-    content = tiny.mllm_recipe()
-    torch.manual_seed(5)
-    small = small_llm(
-        mllm.scene_texts(SceneChatConfig(**content["data"]["scenes"]), 20), SmallLLMConfig(**content["small"])
-    )
-    head = VisualHeadConfig(**content["model"]["head"])
-    model, processor = from_parts(content["vision_tokenizer"], *small, ModelConfig(head=head))
-    place = tmp_path_factory.mktemp("start")
-    model.save_pretrained(place)
-    processor.save_pretrained(place)
-    return place
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, start):
     """A run of all stages that was never stopped."""
     folder = tmp_path_factory.mktemp("finished")
     assert main(write(folder, start, recipe=whole(), loop=evaluated())) == 0
     return folder
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """The model at every step of a run in this process, and its gradients at the first."""
-    seen = {"steps": 0, "gradients": {}, "towers": set(), "batches": []}
-    counts, check = mllm._counts, Loop.check
-
-    def spy(model, parts):
-        seen["model"], seen["steps"] = model, seen["steps"] + 1
-        seen["towers"].add(model.vision_tokenizer.backbone)
-        seen["batches"] += parts
-        seen["learns"] = {name for name, p in model.named_parameters() if p.requires_grad}
-        return counts(model, parts)
-
-    def stop(self, step, parts):
-        if step == 0:
-            grads = {n: p.grad for n, p in seen["model"].named_parameters() if p.grad is not None}
-            seen["gradients"] = {n: g.clone() for n, g in grads.items()}
-        check(self, step, parts)
-
-    monkeypatch.setattr(mllm, "_counts", spy)
-    monkeypatch.setattr(Loop, "check", stop)
-    return seen
 
 
 def test_the_stages_are_those_of_table_13():
@@ -369,118 +280,6 @@ def test_captions_are_hidden_for_guidance(share, tmp_path, start, watched):
     assert all("picture" in text for text in looked)  # the words of what is only looked at stay
 
 
-# Stored codes
-
-
-@pytest.fixture
-def pool(monkeypatch):
-    """A tokenizer, a pool of pictures in files of five, and how many pictures were encoded."""
-    monkeypatch.setattr(stored_codes, "PER_FILE", 5)
-    encoded, real = [], stored_codes.encode_pictures
-    monkeypatch.setattr(
-        stored_codes, "encode_pictures", lambda t, pictures: encoded.append(len(pictures)) or real(t, pictures)
-    )
-    return tiny.tokenizer(), SceneChats(SceneChatConfig(scenes=12, stories=2)).pictures(), encoded
-
-
-def test_codes_are_made_once_and_are_those_of_the_pictures(tmp_path, pool):
-    tokenizer, pictures, encoded = pool
-    stored = store_codes(tokenizer, pictures, tmp_path)
-    assert encoded == [5] * (len(pictures) // 5) + [len(pictures) % 5] and len(pictures) % 5
-    assert list(stored.place) == [pictures[i].name for i in range(len(pictures))]
-    with torch.no_grad():
-        one = tokenizer.encode(to_float(picture_bytes(pictures[7], tiny.SIZE)[None]))
-    assert torch.equal(stored.codes.pixel[7:8], one.pixel) and torch.equal(stored.codes.semantic[7:8], one.semantic)
-    encoded.clear()
-    again = store_codes(tokenizer, pictures, tmp_path)
-    assert sum(encoded) <= stored_codes.PROBE  # a few, to see that the codes are of this tokenizer
-    assert torch.equal(again.codes.pixel, stored.codes.pixel) and again.place == stored.place
-
-
-def test_an_edited_picture_keeps_the_codes_of_what_the_edit_leaves_alone():
-    tokenizer = tiny.tokenizer()
-    chats = SceneChats(SceneChatConfig(scenes=12, stories=12))
-    chains = [[chats.picture(number, link) for link in range(3)] for number in range(12) if len(story(number)) == 2]
-    kept = 0
-    for chain in chains:
-        codes = stored_codes.encode_pictures(tokenizer, chain)
-        images = torch.stack([picture_bytes(picture, tiny.SIZE) for picture in chain])
-        with torch.no_grad():
-            alone = tokenizer.encode(to_float(images))
-        side = int(codes.pixel.shape[1] ** 0.5)
-        patch = tiny.SIZE // side
-        for link in (1, 2):
-            for place in range(side * side):
-                row, column = (place // side) * patch, (place % side) * patch
-                before, after = images[link - 1 : link + 1, :, row : row + patch, column : column + patch]
-                source = (alone, link) if (before != after).any() else (codes, link - 1)
-                for name in ("pixel", "semantic"):
-                    own = getattr(codes, name)[link, place]
-                    assert torch.equal(own, getattr(source[0], name)[source[1], place])
-                kept += bool((before == after).all())
-    assert chains and 0 < kept < len(chains) * 2 * codes.pixel.shape[1]
-
-
-def test_codes_are_complete_after_a_stop_in_the_middle_of_a_file(tmp_path, pool, monkeypatch):
-    tokenizer, pictures, encoded = pool
-    whole = store_codes(tokenizer, pictures, tmp_path / "whole")
-    save = DualCodes.save
-
-    def cut(self, path, names=None):
-        if path.name.startswith("000000005"):
-            path.write_bytes(b"half a file")
-            raise KeyboardInterrupt
-        save(self, path, names)
-
-    monkeypatch.setattr(DualCodes, "save", cut)
-    with pytest.raises(KeyboardInterrupt):
-        store_codes(tokenizer, pictures, tmp_path / "cut")
-    assert [p.name for p in sorted((tmp_path / "cut").glob("*.safetensors"))] == ["000000000.safetensors"]
-    monkeypatch.setattr(DualCodes, "save", save)
-    encoded.clear()
-    stored = store_codes(tokenizer, pictures, tmp_path / "cut")
-    assert sum(encoded) <= len(pictures) - 5 + stored_codes.PROBE  # the first file was not made again
-    assert torch.equal(stored.codes.pixel, whole.codes.pixel) and stored.place == whole.place
-    assert not list((tmp_path / "cut").glob("*.draft"))
-
-
-@pytest.mark.parametrize(
-    ("scenes", "words"),
-    [
-        ({"scenes": 12, "stories": 2, "seed": 1}, "train-0-0 to train-0-4, this pool needs 5, train-1-0"),
-        ({"scenes": 3, "stories": 2}, "this pool needs 5, train-0-0 to train-0-1-edit-1"),
-        ({"scenes": 4, "stories": 1}, "is of another pool than these|this pool needs"),
-        ({"scenes": 40, "stories": 2}, "this pool needs 5, train-0-10 to train-0-14"),
-    ],
-)
-def test_codes_of_another_pool_are_a_mistake_before_anything_is_written(scenes, words, tmp_path, pool):
-    tokenizer, pictures, _ = pool
-    store_codes(tokenizer, pictures, tmp_path)
-    before = sorted(p.name for p in tmp_path.iterdir())
-    with pytest.raises(UserError, match=words) as caught:
-        store_codes(tokenizer, SceneChats(SceneChatConfig(**scenes)).pictures(), tmp_path)
-    assert f"--data.codes {tmp_path}" in str(caught.value) and "\n" not in str(caught.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
-
-
-def test_codes_of_another_tokenizer_are_a_mistake(tmp_path, pool):
-    _, pictures, _ = pool
-    store_codes(tiny.tokenizer(seed=0), pictures, tmp_path)
-    with pytest.raises(UserError, match="codes are of another vision tokenizer"):
-        store_codes(tiny.tokenizer(seed=1), pictures, tmp_path)
-
-
-def test_the_command_refuses_codes_of_another_pool(tmp_path, start, capsys):
-    stage = recipe("1", steps=1)
-    assert main(write(tmp_path / "one", start, "--data.codes", str(tmp_path / "codes"), recipe=stage)) == 0
-    other = tiny.mllm_recipe()["data"] | {"scenes": {"scenes": 12, "stories": 4, "seed": 3}}
-    assert main(write(tmp_path / "two", start, "--data.codes", str(tmp_path / "codes"), recipe=stage, data=other)) == 2
-    assert f"--data.codes {tmp_path / 'codes'}" in error(capsys)
-
-
-# Mistakes
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -581,65 +380,6 @@ def test_models_can_be_written_in_16_bits_and_without_the_tokenizer(inside, tmp_
 
 
 # Adapters
-
-
-def adapted(**changes):
-    """A stage of the LLM alone, by adapters; options of the command."""
-    return {"recipe": recipe("2", trains={"llm": 1e-2}), "lora": {"rank": 4, "alpha": 8} | changes}
-
-
-def test_adapters_alone_learn_and_are_merged_into_the_written_model(tmp_path, start, watched, monkeypatch):
-    pytest.importorskip("peft")
-    found, real = {}, mllm.evaluate
-
-    def spy(model, held_out, device):
-        found.update(real(model, held_out, device))
-        found["chats"] = held_out
-        return {k: v for k, v in found.items() if k != "chats"}
-
-    monkeypatch.setattr(mllm, "evaluate", spy)
-    assert main(write(tmp_path, start, loop=evaluated(), **adapted())) == 0
-    assert watched["learns"] and all("lora_" in n and n.startswith("llm.") for n in watched["learns"])
-    changed = differing(start, model_of(tmp_path, "2"))  # the same names, so no adapter is left
-    assert changed and all(n.startswith("llm.model.layers.") and n.endswith("proj.weight") for n in changed)
-    model = DualTokenForConditionalGeneration.from_pretrained(model_of(tmp_path, "2"))
-    again = real(model, found.pop("chats"), torch.device("cpu"))
-    assert again == pytest.approx(found, abs=1e-4)  # merged, it says what it said with its adapters
-
-
-def test_with_adapters_the_other_parts_of_a_stage_learn_as_ever(tmp_path, start, watched):
-    pytest.importorskip("peft")
-    assert main(write(tmp_path, start, recipe=recipe("2"), lora={"rank": 2, "targets": ["q_proj"]})) == 0
-    assert {part_of(n) for n in watched["learns"]} == {"projector", "llm"}
-    changed = differing(start, model_of(tmp_path, "2"))
-    assert {n for n in changed if n.startswith("projector.")} == {
-        n for n in weights(start) if n.startswith("projector.")
-    }
-    assert all(n.endswith("q_proj.weight") for n in changed if n.startswith("llm."))
-
-
-def test_a_run_with_adapters_goes_on_to_the_same_weights(tmp_path, start, monkeypatch):
-    pytest.importorskip("peft")
-    assert main(write(tmp_path / "whole", start, **adapted(dropout=0.1))) == 0
-    record = Loop.log
-
-    def stop(self, step, values, skipped=None):
-        record(self, step, values, skipped)
-        if step == 2:
-            raise RuntimeError("power cut")
-
-    monkeypatch.setattr(Loop, "log", stop)
-    with pytest.raises(RuntimeError, match="power cut"):
-        main(write(tmp_path / "cut", start, **adapted(dropout=0.1)))
-    monkeypatch.undo()
-    assert main(write(tmp_path / "cut", start, **adapted(dropout=0.1))) == 0
-    assert differing(model_of(tmp_path / "whole", "2"), model_of(tmp_path / "cut", "2")) == set()
-
-
-def test_adapters_without_peft_are_a_mistake(tmp_path, start, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    assert main(write(tmp_path, start, **adapted())) == 2
-    assert "--lora.rank needs peft" in error(capsys)
 
 
 def test_rates_warm_up_and_decay():

@@ -14,7 +14,6 @@ from dualtoken.core.errors import UserError
 from dualtoken.data.chat import Picture
 from dualtoken.data.collate import ChatTokens, pack
 from dualtoken.data.sources import SourceConfig
-from dualtoken.training.loop import Loop
 from dualtoken.training.stored_codes import encode_pictures
 from dualtoken.training.streamed import name_sources, open_stream, with_codes
 from tests import tiny
@@ -23,12 +22,8 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    place = tmp_path_factory.mktemp("start")
-    model, processor = tiny.mllm()
-    model.save_pretrained(place)
-    processor.save_pretrained(place)
-    return place
+def start():
+    return tiny.mllm_directory()
 
 
 @pytest.fixture(scope="module")
@@ -71,24 +66,6 @@ def log(folder):
 
 def weights(folder):
     return load_file(folder / "run/stage-4-1/model/model.safetensors")
-
-
-@pytest.fixture
-def cut(monkeypatch):
-    """Runs end with an error after step 3, one behind the last state."""
-
-    def begin():
-        record = Loop.log
-
-        def stop(self, step, values, skipped=None):
-            record(self, step, values, skipped)
-            if step == 2:
-                raise RuntimeError("power cut")
-
-        monkeypatch.setattr(Loop, "log", stop)
-
-    yield begin
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dualtoken.app.report import Page
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import read_image, save_picture
-from dualtoken.generation.sampling import DrawConfig
+from dualtoken.generation.sampling import DrawConfig, DrawEngine
 from dualtoken.mllm.assistant import Assistant, Progress, user
 
 
@@ -82,6 +82,7 @@ def draw(
     semantic: HeadOptions = HeadOptions(),
     semantic_codes: bool = True,
     scale: int = 1,
+    engine: DrawEngine | None = None,
 ) -> None:
     """Draw pictures of a prompt.
 
@@ -95,9 +96,10 @@ def draw(
         pixel, semantic: sampling of each head.
         semantic_codes: false draws with pixel codes alone.
         scale: enlarge the files by a whole number, to look at small pictures.
+        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
     """
     _check_number(number)
-    assistant = Assistant.open(model)
+    assistant = Assistant.open(model, engine=engine)
     config = _sampling(assistant, guidance, pixel, semantic, semantic_codes)
     with _progress("drawing") as progress:
         pictures = assistant.draw([prompt], number, config, seed, progress)[0]
@@ -115,6 +117,7 @@ def edit(
     pixel: HeadOptions = HeadOptions(),
     semantic: HeadOptions = HeadOptions(),
     scale: int = 1,
+    engine: DrawEngine | None = None,
 ) -> None:
     """Change a picture as an instruction says.
 
@@ -128,10 +131,11 @@ def edit(
         model: a preset, or the directory of a multimodal model.
         pixel, semantic: sampling of each head.
         scale: enlarge the files by a whole number.
+        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
     """
     _check_number(number)
     picture = read_image(image)
-    assistant = Assistant.open(model)
+    assistant = Assistant.open(model, engine=engine)
     config = _sampling(assistant, guidance, pixel, semantic, True)
     with _progress("editing") as progress:
         pictures = assistant.edit([picture], [instruction], number, config, seed, progress)[0]
@@ -150,6 +154,7 @@ def story(
     semantic: HeadOptions = HeadOptions(),
     scale: int = 1,
     max_new_tokens: int = 64,
+    engine: DrawEngine | None = None,
 ) -> None:
     """Tell a story in words and pictures; the model decides when to draw, and sees what it drew.
 
@@ -164,10 +169,11 @@ def story(
         pixel, semantic: sampling of each head.
         scale: enlarge the files by a whole number.
         max_new_tokens: longest stretch of words between pictures.
+        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
     """
     paths = [image] if isinstance(image, str) else image or []
     pictures = [read_image(path) for path in paths]
-    assistant = Assistant.open(model)
+    assistant = Assistant.open(model, engine=engine)
     config = _sampling(assistant, guidance, pixel, semantic, True)
     with _progress("telling") as progress:
         parts = assistant.tell(

@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import yaml
 from torch import nn
 
 from dualtoken.core.errors import UserError
@@ -16,7 +15,6 @@ from dualtoken.mllm.projector import two_layers
 from dualtoken.tokenizer.encoder import ImageTextConfig, ImageTextEncoder
 from dualtoken.tokenizer.presets import (
     BUNDLED,
-    RECIPES,
     encoder_directory,
     meta_tokenizer,
     open_encoder,
@@ -25,11 +23,8 @@ from dualtoken.tokenizer.presets import (
     tokenizer_directory,
 )
 from dualtoken.tokenizer.tokenizer import DualTokenVisionConfig, DualTokenVisionTokenizer
-from dualtoken.training.memory import stage_memory
-from dualtoken.training.stages import STAGES
 
 GIB = 2**30
-TEXT = 128  # text tokens of a sample, a guess for the memory of activations
 
 
 def info(model: str) -> None:
@@ -43,7 +38,7 @@ def info(model: str) -> None:
         built = SHAPES[model].build()
         _mllm(model, built)
         print("\n" + _appendix_d(built))
-        print("\n" + _memory(model, built))
+        print(f"\nmemory of its training: dualtoken plan {SHAPES[model].recipe}")
         return
     if model in shapes():
         _tokenizer(model, meta_tokenizer(model))
@@ -141,20 +136,6 @@ def _appendix_d(model: DualTokenForConditionalGeneration) -> str:
     rows = [(name, f"{added:,}", paper) for name, added, paper in rows]
     rows.append(("all, as a share of the LLM", f"{100 * total / _count(model.llm):.2f} %", "8.93 % of 3B"))
     return table(("added by the second vocabulary", "here", "appendix D (3B)"), rows)
-
-
-def _memory(name: str, model: DualTokenForConditionalGeneration) -> str:
-    """What each stage of the shape's recipe takes on one device."""
-    recipe = yaml.safe_load((RECIPES / f"{SHAPES[name].recipe}.yaml").read_text())
-    accumulate, rank = recipe["loop"]["accumulate"], recipe.get("lora", {}).get("rank", 0)
-    positions, rows = model.config.positions, []
-    for stage, data in STAGES.items():
-        samples = math.ceil(data.batch_size / accumulate)
-        found = stage_memory(model, data, samples * (positions + TEXT), samples * positions, rank)
-        parts = (found.weights, found.training, found.activations, found.total)
-        rows.append((stage, samples, f"{found.learning / 1e6:,.0f} M", *(f"{part / GIB:.1f}" for part in parts)))
-    header = ("stage", "samples at once", "learning", "weights", "gradients, AdamW", "activations", "GiB in all")
-    return f"training by recipe {SHAPES[name].recipe} on one device without sharding, GiB\n" + table(header, rows)
 
 
 def _count(module: nn.Module) -> int:

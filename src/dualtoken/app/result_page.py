@@ -6,6 +6,7 @@ from typing import Any
 
 from dualtoken.app.report import SCALES, Page
 from dualtoken.core.errors import UserError
+from dualtoken.paper.summary import add_result
 from dualtoken.tokenizer.presets import BUNDLED
 
 UNITS = {"psnr": "dB", "seconds": "s", "minutes": "min", "bits": "bit", "bytes": "bytes"}  # of what ends in this name
@@ -21,18 +22,23 @@ def report(files: str | list[str], output: str = "report.html", title: str = "Re
         title: its title.
     """
     paths = [Path(f) for f in ([files] if isinstance(files, str) else files)]
+    write_page(paths, Path(output), title, " ".join(["dualtoken report", *(str(p) for p in paths)]))
+
+
+def write_page(paths: list[Path], output: Path, title: str, command: str) -> None:
+    """Results as one page, with the command that made it."""
     results = [(path, _read(path)) for path in paths]
     scales = {scale_of(result) for _, result in results}
     scale = scales.pop() if len(scales) == 1 else None
-    page = Page(title, scale, " ".join(["dualtoken report", *(str(p) for p in paths)]))
+    page = Page(title, scale, command)
     for path, result in results:
         if {"rows", "title", "scale"} <= set(result):
-            _experiment(page, path, result)
+            add_result(page, path.parent, result)
         else:
             page.heading(f"{path.stem} ({SCALES[scale_of(result)]})")
             page.table(("measure", "value", "unit"), [(name, value, unit(name)) for name, value in flat(result)])
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    page.write(Path(output))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    page.write(output)
     print(f"written: {output}")
 
 
@@ -58,26 +64,6 @@ def unit(name: str) -> str:
     if any(last.endswith(end) for end in SHARES):
         return "share of 1"
     return next((text for end, text in UNITS.items() if last.endswith(end)), "")
-
-
-def _experiment(page: Page, path: Path, result: dict[str, Any]) -> None:
-    """A table or figure of the paper, measured beside printed."""
-    scale = SCALES[result["scale"]]
-    page.heading(f"{result['title']} ({scale})")
-    page.text(f"The paper: {result['claim']}")
-    measured, paper = (list(dict.fromkeys(key for row in result["rows"] for key in row[part]))
-                       for part in ("measured", "paper"))  # fmt: skip
-    header = ["", *(f"{key} ({scale})" for key in measured), *(f"{key} (paper)" for key in paper)]
-    page.table(header, [
-        [row["name"], *(row["measured"].get(k) for k in measured), *(row["paper"].get(k) for k in paper)]
-        for row in result["rows"]
-    ])  # fmt: skip
-    for finding in result.get("findings", []):
-        page.text(finding)
-    for name, caption in result.get("pictures", {}).items():
-        page.picture(path.parent / name, caption, f"{result['title']}: {caption}")
-    page.text(f"Data {result['data']}, seeds {result['seeds']}, commit {result['commit'] or 'unknown'}, "
-              f"{result['hardware']}, {result['minutes']} min: dualtoken reproduce {result['id']}")  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Any]:

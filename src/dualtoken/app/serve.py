@@ -5,6 +5,7 @@ import socket
 from pathlib import Path
 
 from dualtoken.core.errors import UserError
+from dualtoken.generation.sampling import DrawEngine
 from dualtoken.mllm.presets import mllm_directory
 from dualtoken.tokenizer.presets import BUNDLED
 
@@ -25,6 +26,7 @@ def serve(
     max_request_mb: float = 20.0,
     max_pixels: int = 16_000_000,
     allow_urls: bool = False,
+    engine: DrawEngine | None = None,
 ) -> None:
     """Serve a multimodal model until Ctrl-C. With DUALTOKEN_API_KEY in the environment, clients must send that key.
 
@@ -40,6 +42,7 @@ def serve(
         max_request_mb: largest request, in millions of bytes.
         max_pixels: largest picture in a request, width x height.
         allow_urls: fetch pictures from public addresses that a request names.
+        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
     """
     for option, value in (("timeout_s", timeout_s), ("max_request_mb", max_request_mb), ("max_pixels", max_pixels)):
         if value <= 0:
@@ -70,7 +73,7 @@ def serve(
         BorderConfig(most, api_key=key),
     )
     listening = _listen(host, port)
-    app = build(Engine(Assistant.open(model)), config)
+    app = build(Engine(Assistant.open(model, engine=engine)), config)
     port = listening.getsockname()[1]
     print(f"{config.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C stops", flush=True)
     if host not in LOCAL and key is None:

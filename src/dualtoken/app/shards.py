@@ -1,7 +1,9 @@
-"""Looking into shards: `dualtoken data inspect` and `dualtoken decode` of shards of codes."""
+"""Shards: `dualtoken data inspect`, `dualtoken data scenes`, and `dualtoken decode` of shards of codes."""
 
+import io
 import itertools
 import json
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from tqdm import tqdm
 
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
-from dualtoken.core.images import ImageError, fit_image, image_bytes, read_image, to_bytes
+from dualtoken.core.images import ImageError, fit_image, image_bytes, read_image, to_bytes, to_picture
 from dualtoken.data.code_shards import HEADER, CodeSample, CodeShard
-from dualtoken.data.tar_shards import Skipped, TarIndex, find_shards, index_tar
+from dualtoken.data.scenes import Scenes
+from dualtoken.data.tar_shards import Skipped, TarIndex, add_file, find_shards, index_tar, whole_or_not_at_all
 from dualtoken.eval.report import table
 from dualtoken.tokenizer.fingerprint import fingerprint
 from dualtoken.tokenizer.presets import open_tokenizer
@@ -51,6 +54,34 @@ def inspect(path: str, output: str | None = None, number: int = 16, model: str =
         print(f"  {key}: {text or '(no text)'}")
     if output is not None:
         _draw(Path(output), first[:number], model, [shards[name] for name in indices if HEADER in indices[name].bare])
+
+
+def scenes(output: str, images: int = 40000, size: int = 48, shard_size: int = 1000, seed: int = 0) -> None:
+    """Write drawn scenes as webdataset shards, PNG with captions: a data set to try things with, of any length.
+
+    A shard that is there is kept, so that an interrupted command goes on.
+
+    Args:
+        output: folder of the shards.
+        images: how many.
+        size: side in pixels.
+        shard_size: pictures in a shard.
+        seed: another world with the same rules.
+    """
+    if min(images, size, shard_size) < 1:
+        raise UserError("--images, --size and --shard_size: give numbers above 0")
+    drawn, shards = Scenes(size, seed=seed), -(-images // shard_size)
+    for number in tqdm(range(shards), "shards", disable=None):
+        place = Path(output) / f"{number:05d}.tar"
+        if place.is_file():
+            continue
+        with whole_or_not_at_all(place) as draft, tarfile.open(draft, "w") as tar:
+            for index in range(number * shard_size, min(images, (number + 1) * shard_size)):
+                sample, file = drawn[index], io.BytesIO()
+                to_picture(sample.image).save(file, "PNG")
+                add_file(tar, f"{index:08d}.png", file.getvalue())
+                add_file(tar, f"{index:08d}.txt", sample.caption.encode())
+    print(f"written: {images} pictures in {shards} shards of {output}")
 
 
 def _row(name: str, shard: Path, index: TarIndex) -> tuple:

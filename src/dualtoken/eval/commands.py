@@ -108,7 +108,7 @@ def reconstruction(
         lpips_net: "vgg" or "alex".
         lpips_weights: torchvision's file of that network; without it no LPIPS.
         inception_weights: torch-fidelity's Inception file; without it no FID.
-        output: JSON file to write.
+        output: JSON file to write, with a page to read (.html) beside it.
     """
     tokenizer = open_tokenizer(model).to(_device())
     encoder = encoder or (model if model in BUNDLED else None)
@@ -156,7 +156,7 @@ def zero_shot(
         templates: "openai" (80 prompts, as published zero-shot numbers use), "simple" (7), a text with {}, or a file of
             such; without it "a {}".
         images: how many, at most, spread over all classes; ImageNet's validation set has 50000.
-        output: JSON file to write.
+        output: JSON file to write, with a page to read (.html) beside it.
     """
     opened = _open(model, encoder)
     source = open_source(DataConfig(data), opened.tokenizer.image_size, "test", "--data")
@@ -209,7 +209,7 @@ def retrieval(
             Flickr8k.token.txt.
         split_file: names of the pictures to use, one a line, as Flickr_8k.testImages.txt (1000 of them).
         images: how many, at most.
-        output: JSON file to write.
+        output: JSON file to write, with a page to read (.html) beside it.
     """
     opened = _open(model, encoder)
     if split_file is not None and captions is None:

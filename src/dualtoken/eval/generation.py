@@ -25,7 +25,7 @@ from dualtoken.eval.benchmarks import write_benchmark
 from dualtoken.eval.report import Share, share, table, write_json
 from dualtoken.eval.scene_reader import SeenObject, background, read_scene, shows, shows_relation
 from dualtoken.eval.understanding import picture_of
-from dualtoken.generation.sampling import DrawConfig
+from dualtoken.generation.sampling import DrawConfig, DrawEngine
 from dualtoken.mllm.assistant import Assistant
 
 OUTSIDE_DB = 22.0  # what an edit leaves alone must come back at least this well
@@ -59,6 +59,7 @@ def generation(
     prompts: str | None = None,
     samples: int | None = None,
     template: str = "{}",
+    engine: DrawEngine | None = None,
 ) -> dict[str, Any]:
     """Measure drawings of one object and of two with a relation, and edits, on unseen scenes; or draw a benchmark.
 
@@ -71,19 +72,21 @@ def generation(
         seed: of the choice of prompts; picture i is drawn from seed + i.
         guidance: in place of the model's own.
         semantic_codes: false draws with pixel codes alone.
-        output: JSON file to write; with --benchmark the folder that its scorer is to read.
+        output: JSON file to write, with a page to read (.html) beside it; with --benchmark the folder that its scorer
+            is to read.
         pictures: folder for sheets of the first pictures of each kind.
         benchmark: draw the prompts of a published benchmark in place of scenes, resumable, and shared by the processes
             of accelerate launch.
         prompts: with --benchmark: its file of prompts.
         samples: with --benchmark geneval: pictures of each prompt, 4 as published.
         template: with --benchmark: what the model is told, {} being the prompt, as "draw {}".
+        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
     """
     if benchmark is None and prompts is not None:
         raise UserError(f"--prompts {prompts}: say of which --benchmark they are")
     if drawings < 1 or edited < 1:
         raise UserError(f"--drawings {drawings}, --edited {edited}: give at least 1 of each")
-    assistant = Assistant.open(model)
+    assistant = Assistant.open(model, engine=engine)
     config = assistant.model.draw_config
     config.guidance = config.guidance if guidance is None else guidance
     config.semantic_codes = config.semantic_codes and semantic_codes

@@ -59,7 +59,7 @@ def scores(
         mjhq_reference: the published pictures, mjhq30k_imgs.
         inception_weights: torch-fidelity's Inception file, for MJHQ-30K's FID.
         lmms: results (.json) of lmms_eval.
-        output: JSON file to write, with a table in Markdown beside it.
+        output: JSON file to write, with a page to read (.html) and a table in Markdown beside it.
     """
     found: dict[str, Found] = {}
     if geneval is not None:

@@ -50,7 +50,7 @@ def understanding(
         batch_size: prompts at once.
         split: "test" or "probe", neither seen in training.
         seed: of the choice of questions.
-        output: JSON file to write.
+        output: JSON file to write, with a page to read (.html) beside it.
     """
     if questions < 1 or captions < 1:
         raise UserError(f"--questions {questions}, --captions {captions}: give at least 1 of each")

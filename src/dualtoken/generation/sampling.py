@@ -4,12 +4,14 @@ Shapes: B images, N positions, D depth, K codebook size.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dualtoken.core.errors import UserError
+
+DrawEngine = Literal["plain", "static", "graph", "compiled"]
 
 
 @dataclass
@@ -46,10 +48,10 @@ class DrawConfig:
     pixel: HeadSampling = field(default_factory=HeadSampling)
     semantic: HeadSampling = field(default_factory=HeadSampling)
     semantic_codes: bool = True
-    engine: Literal["plain", "static", "graph", "compiled"] = "plain"
+    engine: DrawEngine = "plain"
 
     def __post_init__(self) -> None:
-        if self.engine not in ("plain", "static", "graph", "compiled"):
+        if self.engine not in get_args(DrawEngine):
             raise UserError(f"draw engine {self.engine!r} must be 'plain', 'static', 'graph' or 'compiled'")
 
     @classmethod

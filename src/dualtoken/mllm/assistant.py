@@ -10,7 +10,7 @@ from transformers import BatchFeature
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.generation.interleaved import Reply
-from dualtoken.generation.sampling import DrawConfig
+from dualtoken.generation.sampling import DrawConfig, DrawEngine
 from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.presets import open_mllm
 from dualtoken.mllm.processor import DualTokenProcessor
@@ -34,9 +34,13 @@ class Assistant:
         self.model, self.processor = model.eval(), processor
 
     @classmethod
-    def open(cls, model: str, option: str = "--model", device: str | None = None) -> "Assistant":
-        """The model of a preset or directory, on the GPU where there is one."""
+    def open(
+        cls, model: str, option: str = "--model", device: str | None = None, engine: DrawEngine | None = None
+    ) -> "Assistant":
+        """The model of a preset or directory, on the GPU where there is one; `engine`: how it draws from now on."""
         opened, processor = open_mllm(model, option)
+        if engine is not None:
+            opened.config.draw = opened.config.draw | {"engine": engine}
         return cls(opened.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor)
 
     def ask(self, chats: Sequence[Chat], **options: Any) -> list[str]:

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dualtoken.core.errors import UserError
 from dualtoken.core.linear_loss import classification_loss
@@ -93,7 +94,7 @@ class VisualHead(nn.Module):
 
     def __init__(self, hidden: int, config: VisualHeadConfig):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False  # keep what goes into a block, compute the rest again going back
         linear = config.linear_projector
         self.projector = nn.Linear(hidden, config.width) if linear else two_layers(hidden, config.width, config.width)
         tables = 1 if config.shared_embedding else config.depth
@@ -115,7 +116,8 @@ class VisualHead(nn.Module):
         before = self.embed(codes[:, :-1], depths).cumsum(1)  # eq. 5
         x = torch.cat([self.projector(hidden)[:, None], self.embed_in(before)], 1) + self.positions
         for block in self.blocks:
-            x = block(x)
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return self.norm(x)
 
     def embed(self, codes: Tensor, depth: int | Tensor) -> Tensor:

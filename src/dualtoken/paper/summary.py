@@ -5,28 +5,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dualtoken.app.report import Page
+from dualtoken.app.report import SCALES, Page
 
 
 def write_summary(folder: Path, ids: Sequence[str]) -> Path:
     """Read ID.json of every id and write both pages; returns the HTML page, which needs no other file."""
     results = [json.loads((folder / f"{id}.json").read_text()) for id in ids]
-    scale = "miniature" if all(result["scale"] == "mini" for result in results) else "full scale"
+    scale = SCALES["mini" if all(result["scale"] == "mini" for result in results) else "full"]
     page = Page(f"The tables and figures of the paper, {scale}")
     lines = [f"# The tables and figures of the paper, {scale}", ""]
     for result in results:
         lines += [f"## [{result['title']}]({result['id']}.md)", "", f"The paper: {result['claim']}", ""]
         lines += [*(f"- {finding}" for finding in result["findings"]), ""]
-        _add(page, folder, result, scale)
+        add_result(page, folder, result)
     (folder / "index.md").write_text("\n".join(lines))
     page.write(folder / "index.html")
     print(f"written: {folder / 'index.html'}")
     return folder / "index.html"
 
 
-def _add(page: Page, folder: Path, result: dict[str, Any], scale: str) -> None:
+def add_result(page: Page, folder: Path, result: dict[str, Any]) -> None:
     """One result: title, claim, numbers with the paper's beside them, findings, pictures, circumstances."""
-    page.heading(f"{result['id']}: {result['title']}")
+    scale = SCALES[result["scale"]]
+    page.heading(f"{result['id']}: {result['title']} ({scale})")
     page.text(f"The paper: {result['claim']}")
     sides = ("measured", scale), ("paper", "paper")
     columns = [(side, key, word) for side, word in sides
@@ -37,8 +38,7 @@ def _add(page: Page, folder: Path, result: dict[str, Any], scale: str) -> None:
     for finding in result["findings"]:
         page.text(finding)
     for name, caption in result["pictures"].items():
-        page.picture(folder / name, caption)
-    page.text(
-        f"Seeds {result['seeds']}, commit {result['commit'] or 'unknown'}, {result['hardware']}, "
-        f"{result['minutes']} minutes, budget {result['budget']:g}."
-    )
+        page.picture(folder / name, caption, f"{result['title']}: {caption}")
+    how = f"Data {result['data']}, seeds {result['seeds']}, commit {result['commit'] or 'unknown'}"
+    took = f"{result['hardware']}, {result['minutes']} minutes, budget {result['budget']:g}"
+    page.text(f"{how}, {took}: dualtoken reproduce {result['id']}")

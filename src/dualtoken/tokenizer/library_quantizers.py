@@ -20,7 +20,6 @@ from dualtoken.tokenizer.quantizer import (
     StraightThrough,
     check_codes,
     entropy_loss,
-    nearest_codes,
     usage_and_perplexity,
 )
 
@@ -219,6 +218,6 @@ class SimpleQuantizer(_LibraryQuantizer):
         residual, codes = x.float().flatten(0, 1), []
         for layer in self.inner.layers:
             book = layer.codebook.float()
-            codes.append(nearest_codes(residual, book, self.config.chunk))
+            codes.append(self.config.nearest(residual, book))
             residual = residual - book[codes[-1]]
         return torch.stack(codes, -1).view(*x.shape[:2], -1)

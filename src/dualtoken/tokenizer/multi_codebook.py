@@ -17,7 +17,6 @@ from dualtoken.tokenizer.quantizer import (
     StraightThrough,
     check_codes,
     entropy_loss,
-    nearest_codes,
     usage_and_perplexity,
 )
 
@@ -90,7 +89,7 @@ class MultiCodebookQuantizer(nn.Module):
     def _search(self, parts: Tensor, rows: Tensor) -> Tensor:
         """Codes [B, N, D]; at unit length the nearest row is the one of the largest cosine."""
         found = [
-            nearest_codes(part.detach(), book.detach(), self.config.chunk).view(parts.shape[:2])
+            self.config.nearest(part.detach(), book.detach()).view(parts.shape[:2])
             for part, book in zip(parts.flatten(0, 1).unbind(1), rows, strict=True)
         ]
         return torch.stack(found, -1)

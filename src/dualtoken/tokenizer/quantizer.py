@@ -33,6 +33,8 @@ class QuantizerConfig:
         restart_below: rvq with "ema": a row whose moving count of uses a step falls below this is replaced by a
             vector of the batch; 0 = never.
         chunk: rvq, mcq, simvq: rows whose distances to all K codes are held at once.
+        search: rvq, mcq, simvq, on a GPU: "blocks" of `chunk` rows, or "triton", one kernel that holds no distances
+            (`nearest_gpu.py`; tested in Triton's interpreter, not yet run on a GPU). CPUs always take blocks.
         levels: residual_fsq: values of each of its numbers; default: found between 3 and 8, large ones first.
         entropy_weight: mcq, residual_lfq: of `entropy_loss`, which is added to the codebook loss; 0 = none.
         entropy_temperature: mcq, residual_lfq: of the softmax in it.
@@ -46,6 +48,7 @@ class QuantizerConfig:
     decay: float = 0.99
     restart_below: float = 0.05
     chunk: int = 256
+    search: Literal["blocks", "triton"] = "blocks"
     levels: list[int] | None = None
     entropy_weight: float = 0.0
     entropy_temperature: float = 0.01
@@ -56,10 +59,16 @@ class QuantizerConfig:
                 raise UserError(f"quantizer.{name}={getattr(self, name)} must be at least 1")
         if self.codebook not in ("ema", "gradient"):
             raise UserError(f"quantizer.codebook={self.codebook!r} must be 'ema' or 'gradient'")
+        if self.search not in ("blocks", "triton"):
+            raise UserError(f"quantizer.search={self.search!r} must be 'blocks' or 'triton'")
         if not 0 < self.decay < 1:
             raise UserError(f"quantizer.decay={self.decay} must lie between 0 and 1")
         if self.entropy_weight < 0 or self.entropy_temperature <= 0:
             raise UserError("quantizer.entropy_weight must be at least 0 and quantizer.entropy_temperature above 0")
+
+    def nearest(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Index of the nearest row of weight [K, C] for each row of x [M, C] -> int64 [M], in the chosen way."""
+        return nearest_codes(x, weight, self.chunk, self.search)
 
 
 @dataclass
@@ -74,11 +83,15 @@ class Quantized:
     perplexity: Tensor  # [D], exp of the entropy of the codes at each depth, over all processes
 
 
-def nearest_codes(x: Tensor, weight: Tensor, chunk: int) -> Tensor:
+def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks") -> Tensor:
     """Index of the nearest row of weight [K, C] for each row of x [M, C] -> int64 [M], lowest index on a tie.
 
     Holds chunk x K distances, never M x K: blocks of that size stay in the cache, which is also the faster way.
     """
+    if search == "triton" and x.is_cuda:
+        from dualtoken.tokenizer.nearest_gpu import nearest_codes_gpu  # Triton is not on every machine
+
+        return nearest_codes_gpu(x, weight)
     # |x|^2 is the same for every code, so it is left out: argmin of |c|^2 / 2 - x.c
     half_norms = 0.5 * weight.square().sum(1)
     table = weight.t().contiguous()
@@ -239,6 +252,6 @@ class ResidualQuantizer(nn.Module):
         """Depth by depth the residual [B, N, C] that it sees, and the codes [B, N] that it chooses."""
         weight, residual = self.codebook.weight.detach().float(), x
         for _ in range(self.config.depth):
-            chosen = nearest_codes(residual.flatten(0, -2), weight, self.config.chunk).view(x.shape[:-1])
+            chosen = self.config.nearest(residual.flatten(0, -2), weight).view(x.shape[:-1])
             yield residual, chosen
             residual = residual - weight[chosen]

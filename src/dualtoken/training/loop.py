@@ -45,7 +45,8 @@ class LoopConfig:
         eval_every: evaluation and sample pictures every so many steps.
         log_every: a line in log.jsonl and the tracker every so many steps.
         tracker: "tensorboard" or "none".
-        gradient_checkpointing: compute the LLM's activations again going back, for less memory (train-mllm).
+        gradient_checkpointing: compute activations of the LLM and the heads again going back, for less memory
+            (train-mllm).
         shard: FSDP2: split weights, gradients and moments over the processes (train-mllm); also chosen by an
             `accelerate config` with FSDP.
         on_nan: stop where a loss or gradient is not finite, or skip that step's update with a warning (10 in a row

@@ -26,7 +26,7 @@ from dualtoken.mllm.processor import DualTokenProcessor
 from dualtoken.tokenizer.presets import open_tokenizer, tokenizer_directory
 from dualtoken.training.loop import Loop, LoopConfig, seed_step
 from dualtoken.training.sharded import gather, load_shards
-from dualtoken.training.stages import STAGES, LoraConfig, Stage, StageOptim, part_of, set_trained
+from dualtoken.training.stages import STAGES, LoraConfig, Stage, StageOptim, part_of, recompute_activations, set_trained
 from dualtoken.training.stored_codes import encode_pictures, store_codes
 from dualtoken.training.streamed import open_stream, with_codes
 
@@ -215,8 +215,8 @@ def _train_stage(
     seed_step(seed, 2**32 + number, 0)
     adapters = _adapters(model.llm, lora) if lora.rank and "llm" in stage.trains else None
     model.to(run.device)
-    if model.supports_gradient_checkpointing and config.gradient_checkpointing:
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.gradient_checkpointing:
+        recompute_activations(model, stage)
     trained = set_trained(model, stage, bool(lora.rank))
     groups = [{"params": p, "lr": stage.trains[part], "rate": stage.trains[part]} for part, p in trained.items()]
     optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True)

@@ -32,6 +32,11 @@ class Stage:
     mixture: dict[str, float]
     steps: int = 10000
 
+    @property
+    def through_llm(self) -> bool:
+        """Whether gradients go through the LLM; else nothing of its pass is kept, and nothing to be computed again."""
+        return not {"llm", "projector"}.isdisjoint(self.trains)
+
 
 @dataclass
 class StageOptim:
@@ -67,6 +72,16 @@ def part_of(name: str) -> str | None:
     """The part a parameter belongs to, None for the vision tokenizer."""
     order = ("projector", "llm", "head_projectors", "heads")  # the projectors of the heads before the heads
     return next((part for part in order if name.startswith(PARTS[part])), None)
+
+
+def recompute_activations(model: nn.Module, stage: Stage) -> None:
+    """Keep only what goes into each layer that gradients go through, and compute the rest again (checkpointing)."""
+    model.pixel_head.recompute = model.semantic_head.recompute = True
+    if stage.through_llm:
+        name = next(
+            n for n in ("activation_checkpointing_enable", "gradient_checkpointing_enable") if hasattr(model.llm, n)
+        )
+        getattr(model.llm, name)({"use_reentrant": False})
 
 
 def set_trained(model: nn.Module, stage: Stage, lora: bool = False) -> dict[str, list[nn.Parameter]]:

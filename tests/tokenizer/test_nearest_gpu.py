@@ -1,0 +1,41 @@
+"""The GPU's search for nearest codes, in Triton's interpreter where there is no GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dualtoken.core.errors import UserError
+from dualtoken.tokenizer.quantizer import QuantizerConfig, nearest_codes
+
+SCRIPT = """
+import torch
+from dualtoken.tokenizer.nearest_gpu import nearest_codes_gpu
+from dualtoken.tokenizer.quantizer import nearest_codes
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+for rows, codes, width in ((130, 200, 12), (64, 64, 16), (1, 70, 32), (0, 5, 8), (90, 500, 33)):
+    x, weight = torch.randn(rows, width, device=device), torch.randn(codes, width, device=device)
+    assert torch.equal(nearest_codes_gpu(x, weight), nearest_codes(x, weight, 64)), (rows, codes, width)
+    x, weight = x.round(), weight.round()  # whole numbers have no rounding, so ties are ties
+    weight[codes // 2] = weight[-1] = weight[3]  # in the same block of codes and in another
+    x[: rows // 2] = weight[3]
+    found = nearest_codes_gpu(x, weight)
+    assert torch.equal(found, nearest_codes(x, weight, 64)) and (found[: rows // 2] <= 3).all(), (rows, codes, width)
+"""
+
+
+def test_the_kernel_finds_the_codes_of_the_plain_search():
+    pytest.importorskip("triton")
+    settings = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_cpu_takes_blocks_whatever_is_asked_for_and_other_words_are_refused():
+    x, weight = torch.randn(9, 4), torch.randn(5, 4)
+    assert torch.equal(QuantizerConfig(search="triton").nearest(x, weight), nearest_codes(x, weight, 256))
+    with pytest.raises(UserError, match=r"quantizer\.search='fast' must be"):
+        QuantizerConfig(search="fast")
