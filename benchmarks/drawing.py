@@ -21,7 +21,8 @@ from dualtoken.generation import image
 from dualtoken.generation.context import Context, join
 from dualtoken.generation.llm_cache import FixedContext
 from dualtoken.generation.sampling import DrawConfig, HeadSampling, guide, sample
-from dualtoken.mllm.model import SPECIAL, DualTokenForConditionalGeneration
+from dualtoken.mllm.config import SPECIAL
+from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, model_config
 from dualtoken.mllm.presets import SHAPES, open_mllm
 from dualtoken.mllm.visual_head import VisualHeadConfig

@@ -16,13 +16,14 @@ from dualtoken.app.server import build
 from dualtoken.mllm.assistant import Assistant
 from tests.generation.lively import lively
 
+MODEL = "tiny"
 SECONDS = 30  # longer than any of it takes
 
 
 @contextmanager
 def running(config=None, engine=None):
     """A server; gives its address and its service."""
-    app = build(engine or Engine(Assistant(*lively())), config or ServerConfig("tiny"))
+    app = build(engine or Engine(Assistant(*lively())), config or ServerConfig(MODEL))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -64,3 +65,8 @@ def eventually(condition):
     while not condition() and time.monotonic() < until:
         time.sleep(0.01)
     return condition()
+
+
+def chat(client, content="what is the colour of the star ?", **options):
+    messages = [{"role": "user", "content": content}]
+    return client.chat.completions.create(model=MODEL, messages=messages, **{"max_tokens": 8} | options)

@@ -14,7 +14,8 @@ from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message, Picture
 from dualtoken.data.collate import IGNORE, pack
 from dualtoken.generation.sampling import DrawConfig
-from dualtoken.mllm.model import Counts, DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.config import DualTokenConfig
+from dualtoken.mllm.model import Counts, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, from_parts, small_llm
 from dualtoken.tokenizer.backbone import BackboneConfig
 from dualtoken.tokenizer.branch import BranchConfig

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 from dualtoken.core.errors import UserError
-from dualtoken.mllm.model import DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.config import DualTokenConfig
+from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.processor import DualTokenProcessor
 from dualtoken.mllm.projector import ProjectorConfig
 from tests import tiny

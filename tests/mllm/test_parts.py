@@ -9,7 +9,8 @@ from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message
 from dualtoken.data.collate import IGNORE
 from dualtoken.mllm import parts
-from dualtoken.mllm.model import SPECIAL, DualTokenForConditionalGeneration
+from dualtoken.mllm.config import SPECIAL
+from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import CHAT_TOKENS, ModelConfig, SmallLLMConfig, from_parts, small_llm
 from dualtoken.mllm.presets import SHAPES, mllm_directory, open_mllm
 from dualtoken.mllm.projector import two_layers

@@ -8,7 +8,7 @@ from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_bytes
 from dualtoken.data.chat import ChatSample, Message, Picture
 from dualtoken.data.collate import IGNORE
-from dualtoken.mllm.model import SPECIAL
+from dualtoken.mllm.config import SPECIAL
 from dualtoken.mllm.processor import DualTokenProcessor
 from tests import tiny
 

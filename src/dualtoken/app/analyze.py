@@ -24,7 +24,7 @@ from dualtoken.app.look import Branches, Reading, backbone_of, device, kind_of, 
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_float
 from dualtoken.eval.report import table, write_json
-from dualtoken.mllm.model import DualTokenConfig
+from dualtoken.mllm.config import DualTokenConfig
 from dualtoken.mllm.presets import SHAPES, open_mllm
 from dualtoken.tokenizer.presets import BUNDLED, meta_tokenizer, shapes
 

@@ -9,7 +9,8 @@ from torch import nn
 from dualtoken.core.errors import UserError
 from dualtoken.core.pretrained import check_directory
 from dualtoken.eval.report import table
-from dualtoken.mllm.model import DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.config import DualTokenConfig
+from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.presets import SHAPES, mllm_directory, open_mllm
 from dualtoken.mllm.projector import two_layers
 from dualtoken.tokenizer.encoder import ImageTextConfig, ImageTextEncoder

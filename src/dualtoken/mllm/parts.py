@@ -21,7 +21,8 @@ from transformers import (
 
 from dualtoken.core.errors import UserError
 from dualtoken.generation.sampling import DrawConfig
-from dualtoken.mllm.model import SPECIAL, DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.config import SPECIAL, DualTokenConfig
+from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.processor import DualTokenProcessor
 from dualtoken.mllm.projector import ProjectorConfig
 from dualtoken.mllm.visual_head import VisualHeadConfig

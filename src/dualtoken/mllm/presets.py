@@ -9,7 +9,8 @@ from transformers import Qwen2Config
 
 from dualtoken.core.errors import UserError
 from dualtoken.core.pretrained import check_directory
-from dualtoken.mllm.model import DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.config import DualTokenConfig
+from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, model_config
 from dualtoken.mllm.processor import DualTokenProcessor
 from dualtoken.mllm.visual_head import VisualHeadConfig

@@ -19,7 +19,7 @@ from dualtoken.core.images import fit_image, image_bytes, to_float
 from dualtoken.data.chat import ChatSample, Message, Picture
 from dualtoken.data.collate import IGNORE, ChatTokens
 from dualtoken.generation.interleaved import Reply
-from dualtoken.mllm.model import SPECIAL, DualTokenConfig
+from dualtoken.mllm.config import SPECIAL, DualTokenConfig
 from dualtoken.tokenizer.image_processor import DualTokenImageProcessor
 
 MARK = re.compile("\ue000([0-9]+)\ue001")  # stands for a part of a message while the template is filled in

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dualtoken.analysis.cost import AliveTensors
 from dualtoken.core.linear_loss import CHUNK, classification_loss
-from dualtoken.mllm.model import DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.config import DualTokenConfig
+from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.projector import Projector, ProjectorConfig
 from dualtoken.mllm.visual_head import VisualHead, VisualHeadConfig
 from dualtoken.training.stages import Stage, part_of, recompute_activations
@@ -121,6 +122,8 @@ def count_activations(
     Args: width: C, of the tokenizer's features.
     """
     peaks = [_peak(config, width, stage, batch, checkpointing, precision, layers) for layers in (1, 2)]
+    if not stage.through_llm:  # then no layer keeps anything
+        return peaks[1]
     return peaks[0] + (config.text_config.num_hidden_layers - 1) * (peaks[1] - peaks[0])
 
 

@@ -20,7 +20,8 @@ from dualtoken.data.images import step_batches
 from dualtoken.data.mixture import Dropout, MixtureBatches
 from dualtoken.data.scene_chat import TASKS, SceneChatConfig, SceneChats
 from dualtoken.data.sources import SourceConfig
-from dualtoken.mllm.model import Counts, DualTokenConfig, DualTokenForConditionalGeneration
+from dualtoken.mllm.config import DualTokenConfig
+from dualtoken.mllm.model import Counts, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_llm
 from dualtoken.mllm.processor import DualTokenProcessor
 from dualtoken.tokenizer.presets import open_tokenizer, tokenizer_directory
