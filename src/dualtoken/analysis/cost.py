@@ -175,7 +175,8 @@ class TeacherForced:
                 norm = nn.LayerNorm(width)
                 self.projector = nn.Sequential(norm, two_layers(width, hidden, hidden)).to(weight.dtype)
         self.ids = torch.zeros(batch, text, dtype=torch.int64, device=weight.device)
-        self.features = torch.zeros(batch, positions, width, **self.at)
+        widths = [width] if token == "single" else model.projector.widths
+        self.features = [torch.zeros(batch, positions, one, **self.at) for one in widths]
         # None = causal; but transformers would look into positions for packed samples, and meta tensors hold none
         length, lowest = text + positions, torch.finfo(weight.dtype).min
         self.mask = torch.full((1, 1, length, length), lowest, **self.at).triu(1) if weight.is_meta else None
@@ -189,7 +190,7 @@ class TeacherForced:
 
     def states(self) -> Tensor:
         """The states that predict the positions, [B * N, H]."""
-        model, given = self.model, [self.features] * len(self.names)
+        model, given = self.model, self.features
         embeds = torch.cat([model.get_input_embeddings()(self.ids), self.projector(*given)], 1)
         out = model.hidden(embeds, attention_mask=self.mask, use_cache=False).last_hidden_state
         text = self.ids.shape[1]

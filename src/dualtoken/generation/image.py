@@ -24,13 +24,18 @@ WARM_UP = 3  # positions drawn before a graph is recorded, so that libraries hav
 
 
 class FeatureSteps:
-    """Features of a drawn image while it grows: codes [B, 1, D] of the next position -> features [B, 1, C]."""
+    """Features of a drawn image while it grows: codes [B, 1, D] of the next position -> features [B, 1, C].
 
-    def __init__(self, branch: Branch, cache: AttentionCache | None = None):
-        self.branch, self.cache = branch, cache or AttentionCache()
+    Args: sums: put the sums of rows behind them, as `DualTokenForConditionalGeneration.features` does.
+    """
+
+    def __init__(self, branch: Branch, cache: AttentionCache | None = None, sums: bool = False):
+        self.branch, self.cache, self.sums = branch, cache or AttentionCache(), sums
 
     def __call__(self, codes: Tensor) -> Tensor:
-        return self.branch.post.step(self.branch.quantizer.rows_of(codes), self.cache)
+        rows = self.branch.quantizer.rows_of(codes)
+        features = self.branch.post.step(rows, self.cache)
+        return torch.cat([features, rows], -1) if self.sums else features
 
 
 def draw_codes_of_position(
@@ -63,7 +68,8 @@ class Drawing:
         self.codes = {n: torch.zeros(len(seeds), self.positions, d, dtype=torch.int64, device=device)
                       for n, d in depths.items()}  # fmt: skip
         branches = {name: getattr(model.vision_tokenizer, name) for name in self.names}
-        self.steps = {n: FeatureSteps(b, FixedCache(b.post, len(seeds), self.positions, self.at))
+        sums = settings.projector["sums"]
+        self.steps = {n: FeatureSteps(b, FixedCache(b.post, len(seeds), self.positions, self.at), sums)
                       for n, b in branches.items()}  # fmt: skip
 
     def begin(self) -> None:
@@ -74,11 +80,15 @@ class Drawing:
         """Read the position drawn last and draw the next."""
         features = {name: step(self.codes[name].index_select(1, self.at)) for name, step in self.steps.items()}
         pixel = features["pixel"].to(self.rows.embeds.dtype)
-        semantic = features["semantic"].to(pixel.dtype) if "semantic" in features else torch.zeros_like(pixel)
+        semantic = features["semantic"].to(pixel.dtype) if "semantic" in features else self._unknown(pixel)
         embeds = self.model.projector(pixel, semantic, first=self.at)
         hidden = self.context.read(embeds.repeat(self.copies, 1, 1))
         self.at.add_(1)
         self._choose(hidden)
+
+    def _unknown(self, pixel: Tensor) -> Tensor:
+        """What stands in place of semantic features that are not drawn."""
+        return pixel.new_zeros(*pixel.shape[:-1], self.model.projector.widths[1])
 
     def _choose(self, hidden: Tensor) -> None:
         """Codes of position `at` from the state before it, [B or 2B, H]."""

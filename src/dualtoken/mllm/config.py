@@ -66,7 +66,7 @@ class DualTokenConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         self.vision_config = vision_config or DualTokenVisionConfig()
         self.text_config = text_config or AutoConfig.for_model("qwen2")
-        self.projector = projector or asdict(ProjectorConfig())
+        self.projector = asdict(ProjectorConfig()) | (projector or {})
         self.pixel_head = pixel_head or asdict(VisualHeadConfig())
         self.semantic_head = semantic_head or asdict(VisualHeadConfig())
         self.positions = positions

@@ -39,7 +39,7 @@ from dualtoken.mllm.config import DualTokenConfig
 from dualtoken.mllm.projector import Projector, ProjectorConfig
 from dualtoken.mllm.visual_head import VisualHead, VisualHeadConfig
 from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
-from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
+from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer, branch_config
 
 
 @dataclass
@@ -93,7 +93,7 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         if config.tokenizer_path is None:
             self.attach(vision_tokenizer or DualTokenVisionTokenizer(config.vision_config))
         hidden = config.text_config.hidden_size
-        self.projector = Projector(self.feature_width, hidden, config.positions, ProjectorConfig(**config.projector))
+        self.projector = build_projector(config, self.feature_width)
         self.llm = llm or AutoModelForCausalLM.from_config(config.text_config)
         self.pixel_head = VisualHead(hidden, VisualHeadConfig(**config.pixel_head))
         self.semantic_head = VisualHead(hidden, VisualHeadConfig(**config.semantic_head))
@@ -168,7 +168,7 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         positions = self.config.positions
         lookup = DualCodes(codes.pixel, codes.semantic[:, -positions:]).to(input_ids.device)
         with torch.no_grad():
-            pixel, semantic = self.vision_tokenizer.features(lookup)
+            pixel, semantic = self.features(lookup)
         drawn = self.drawn(input_ids, places)
         see_pixel = drawn | (self.config.input != "semantic")
         known = drawn & (self.config.output == "both")
@@ -179,6 +179,14 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         seen = self.projector(pixel.to(embeds.dtype), semantic.to(embeds.dtype))
         flat = embeds.flatten(0, 1).index_copy(0, places.flatten(), seen.flatten(0, 1).to(embeds.dtype))
         return flat.view_as(embeds)
+
+    def features(self, codes: DualCodes) -> tuple[Tensor, Tensor]:
+        """What the projector gets of codes [M, N, D]: features [M, N, C], and sums of rows where it wants them."""
+        found = self.vision_tokenizer.features(codes)
+        if not self.config.projector["sums"]:
+            return found
+        sums = (getattr(self.vision_tokenizer, n).quantizer.lookup(getattr(codes, n)) for n in ("pixel", "semantic"))
+        return tuple(torch.cat(pair, -1) for pair in zip(found, sums, strict=True))
 
     def places(self, input_ids: Tensor, codes: DualCodes | None) -> Tensor:
         """Where the positions of each image are in the flattened batch, int64 [M, N]."""
@@ -348,6 +356,14 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
             model.attach(model.vision_tokenizer)  # loading makes new parameters, which would learn
         model.llm.generation_config = model.generation_config  # what ends a reply may be known there alone
         return loaded
+
+
+def build_projector(config: DualTokenConfig, feature_width: int) -> Projector:
+    """The projector of a config, for features of width C."""
+    vision = config.vision_config
+    dims = tuple(branch_config(one).quantizer.code_dim for one in (vision.pixel, vision.semantic))
+    made = ProjectorConfig(**config.projector)
+    return Projector(feature_width, config.text_config.hidden_size, config.positions, made, dims)
 
 
 def _feature_width(config: DualTokenConfig) -> int:

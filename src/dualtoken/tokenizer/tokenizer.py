@@ -60,7 +60,8 @@ class TokenizerOutput:
     pooled: Tensor  # [B, C], from the quantised semantic features
 
 
-def _branch(config: dict) -> BranchConfig:
+def branch_config(config: dict) -> BranchConfig:
+    """A branch of `DualTokenVisionConfig` as its dataclass."""
     return BranchConfig(**config | {"quantizer": QuantizerConfig(**config["quantizer"])})
 
 
@@ -77,7 +78,7 @@ class DualTokenVisionTokenizer(StrictModel):
     def __init__(self, config: DualTokenVisionConfig):
         super().__init__(config)
         self.backbone = Backbone(BackboneConfig(**config.backbone))
-        pixel, semantic = _branch(config.pixel), _branch(config.semantic)
+        pixel, semantic = branch_config(config.pixel), branch_config(config.semantic)
         self.pixel = Branch(self.backbone.width, pixel)
         self.joined = semantic.joined
         if self.joined:

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from dualtoken.analysis.cost import AliveTensors
 from dualtoken.core.linear_loss import CHUNK, classification_loss
 from dualtoken.mllm.config import DualTokenConfig
-from dualtoken.mllm.model import DualTokenForConditionalGeneration
-from dualtoken.mllm.projector import Projector, ProjectorConfig
+from dualtoken.mllm.model import DualTokenForConditionalGeneration, build_projector
 from dualtoken.mllm.visual_head import VisualHead, VisualHeadConfig
 from dualtoken.training.stages import Stage, part_of, recompute_activations
 
@@ -162,8 +161,8 @@ class _Parts(nn.Module):
 
     def __init__(self, config: DualTokenConfig, width: int, text: PreTrainedConfig):
         super().__init__()
-        self.config, self.width, hidden = config, width, text.hidden_size
-        self.projector = Projector(width, hidden, config.positions, ProjectorConfig(**config.projector))
+        self.config, hidden = config, text.hidden_size
+        self.projector = build_projector(config, width)
         self.llm = AutoModelForCausalLM.from_config(text).train()
         self.pixel_head = VisualHead(hidden, VisualHeadConfig(**config.pixel_head))
         self.semantic_head = VisualHead(hidden, VisualHeadConfig(**config.semantic_head))
@@ -172,9 +171,9 @@ class _Parts(nn.Module):
         positions = self.config.positions
         embeds = self.llm.get_input_embeddings()(torch.zeros(batch.rows, batch.length, dtype=torch.int64))
         if batch.pictures:
-            features = torch.zeros(batch.pictures, positions, self.width)
+            features = (torch.zeros(batch.pictures, positions, width) for width in self.projector.widths)
             places = torch.zeros(batch.pictures * positions, dtype=torch.int64)
-            seen = self.projector(features, features.clone()).flatten(0, 1).to(embeds.dtype)
+            seen = self.projector(*features).flatten(0, 1).to(embeds.dtype)
             embeds = embeds.flatten(0, 1).index_copy(0, places, seen).view_as(embeds)
         mask = torch.ones(batch.rows, 1, batch.length, batch.length, dtype=torch.bool) if batch.masked else None
         flat = self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
