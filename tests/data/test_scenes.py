@@ -90,7 +90,8 @@ def test_questions_are_answered_by_the_truth():
                 assert asked.answer == ("no", "one", "two", "three", "four")[len(names)]
             if asked.because:  # what is said to be seen is there, and comes before the answer
                 assert asked.reply == f"{asked.because} : {asked.answer}" and answer_of(asked.reply) == asked.answer
-                for thing, listed in zip(in_order(drawn).objects, asked.because.split(" and "), strict=True):
+                everything, *about = asked.because.split(" : ")
+                for thing, listed in zip(in_order(drawn).objects, everything.split(" and "), strict=True):
                     assert listed.startswith("a ") and f" {thing.name}" in listed
                     if asked.type == "compare":
                         assert listed == f"a {thing.size} {thing.name}"
@@ -98,6 +99,15 @@ def test_questions_are_answered_by_the_truth():
                         assert listed == f"a {thing.name} at the {position(thing)}"
                     if asked.question.startswith("what texture"):
                         assert listed == f"a {thing.texture} {thing.name}"
+                if asked.type == "exists":
+                    color, shape = words[3:5]
+                    right = [f"a {t.name} {'yes' if t.color == color else 'no'}"
+                             for t in in_order(drawn).objects if t.shape == shape]  # fmt: skip
+                    assert about == [" and ".join(right) or "none"]
+                if asked.type == "compare":  # "is the A larger than the B ?" -> the two with their sizes
+                    pair = [" ".join(words[2:4]), " ".join(words[7:9])]
+                    assert [" ".join(part.split()[2:]) for part in about[0].split(" and ")] == pair
+                assert (len(about) == 1) == (asked.answer in ("yes", "no") or " are a " in asked.question)
             else:
                 assert asked.reply == answer_of(asked.reply) == asked.answer
     assert seen == set(QUESTION_TYPES)

@@ -37,7 +37,7 @@ DRAWN = (0.15, 0.40, 0.45)  # shares of the drawings to learn from: of any scene
 CROWDED = 0.5  # share of the questions to learn from that are about several objects for sure
 TURNS = 2  # questions about one picture at most
 UNCHANGED, REDRAW = 0.25, "draw it again"  # share of the edits to learn from that change nothing, and what asks for it
-TEXTS, TEXT_SHARES = ("again", "change", "ask"), (0.2, 0.3, 0.5)  # chats without a picture, and how many of each
+TEXTS, TEXT_SHARES = ("again", "change", "ask"), (0.15, 0.2, 0.65)  # chats without a picture, and how many of each
 AGAIN, LENGTHS = "say again", (3, 16)  # words that are said again: fewest, and one more than most
 WORDS = (*COLORS, *SHAPES, *TEXTURES, *SIZES, *BACKGROUNDS)
 

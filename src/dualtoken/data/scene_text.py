@@ -5,7 +5,7 @@ could be said comes from the generator that is passed in, so it repeats.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ from dualtoken.data.scenes import (
 
 NUMBERS = ("no", "one", "two", "three", "four")
 QUESTION_TYPES = ("attribute", "count", "compare", "position", "exists")
-BECAUSE = " : "  # between what is seen and the answer
+BECAUSE = " : "  # between what is seen, what of it is asked about, and the answer
 EDIT_TYPES = ("recolor", "remove", "add", "move")
 
 
@@ -32,7 +32,7 @@ EDIT_TYPES = ("recolor", "remove", "add", "move")
 class Question:
     """A question about one picture with its only right answer, one or two words in lower case.
 
-    `because` says what there is to see, from top to bottom, as far as the answer needs it, and comes before it.
+    `because` comes before it: what there is to see from top to bottom, then what of it the question is about.
     """
 
     type: str  # one of QUESTION_TYPES
@@ -42,7 +42,7 @@ class Question:
 
     @property
     def reply(self) -> str:
-        """What a model learns to say: "a red star and a blue ring : two", or the answer alone."""
+        """What a model learns to say: "a red star and a blue ring : a red star : one", or the answer alone."""
         return f"{self.because}{BECAUSE}{self.answer}" if self.because else self.answer
 
 
@@ -88,11 +88,11 @@ def in_order(scene: Scene) -> Scene:
 
 def names(scene: Scene) -> str:
     """What is in a scene from top to bottom, without detail: "a red star and a blue ring"."""
-    return _listed(scene, lambda thing: thing.name)
+    return _listed(in_order(scene).objects, lambda thing: thing.name)
 
 
-def _listed(scene: Scene, say: Callable[[SceneObject], str]) -> str:
-    return " and ".join(f"a {say(thing)}" for thing in in_order(scene).objects)
+def _listed(things: Iterable[SceneObject], say: Callable[[SceneObject], str]) -> str:
+    return " and ".join(f"a {say(thing)}" for thing in things) or "none"
 
 
 def located(scene: Scene) -> str:
@@ -132,10 +132,25 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
     A scene of one object has no "compare" question; "exists" comes once true and once false.
     """
-    things, asked, seen = scene.objects, [], names(scene)
-    textures = _listed(scene, lambda thing: f"{thing.texture} {thing.name}")
-    sizes = _listed(scene, lambda thing: f"{thing.size} {thing.name}")
-    places = _listed(scene, lambda thing: f"{thing.name} at the {position(thing)}")
+    things, ordered, asked, seen = scene.objects, in_order(scene).objects, [], names(scene)
+
+    def texture(thing: SceneObject) -> str:
+        return f"{thing.texture} {thing.name}"
+
+    def size(thing: SceneObject) -> str:
+        return f"{thing.size} {thing.name}"
+
+    def where(thing: SceneObject) -> str:
+        return f"{thing.name} at the {position(thing)}"
+
+    def steps(say: Callable[[SceneObject], str], *pair: SceneObject) -> str:
+        """All that is seen, then the two that the question is about in its order."""
+        return f"{_listed(ordered, say)}{BECAUSE}{_listed(pair, say)}"
+
+    def of_shape(shape: str, say: Callable[[SceneObject], str]) -> str:
+        """All that is seen, then what has the shape."""
+        return f"{seen}{BECAUSE}{_listed((t for t in ordered if t.shape == shape), say)}"
+
     colors = Counter(thing.color for thing in things)
     shapes = Counter(thing.shape for thing in things)
     for thing in things:
@@ -144,24 +159,35 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
         if colors[thing.color] == 1:
             asked.append(Question("attribute", f"what shape is the {thing.color} object ?", thing.shape, seen))
     for thing in _unique(scene):
-        asked.append(Question("attribute", f"what texture has the {thing.name} ?", thing.texture, textures))
-        asked.append(Question("position", f"where is the {thing.name} ?", position(thing), places))
+        asked.append(
+            Question("attribute", f"what texture has the {thing.name} ?", thing.texture, _listed(ordered, texture))
+        )
+        asked.append(Question("position", f"where is the {thing.name} ?", position(thing), _listed(ordered, where)))
     asked.append(Question("attribute", "what is the background ?", scene.background))
     asked.append(Question("count", "how many objects are there ?", NUMBERS[len(things)], seen))
     shape = SHAPES[rng.integers(len(SHAPES))]
-    asked.append(Question("count", f"how many objects are a {shape} ?", NUMBERS[shapes[shape]], seen))
+    asked.append(
+        Question(
+            "count", f"how many objects are a {shape} ?", NUMBERS[shapes[shape]], of_shape(shape, lambda t: t.name)
+        )
+    )
     single = _unique(scene)
     for first, second in pairwise(single):
         pair = f"the {first.name} {{}} the {second.name}"
         larger = "yes" if first.radius > second.radius * 1.15 else "no"
-        asked.append(Question("compare", f"is {pair.format('larger than')} ?", larger, sizes))
+        asked.append(Question("compare", f"is {pair.format('larger than')} ?", larger, steps(size, first, second)))
         true = relation(first, second)
         words = (true, relation(second, first))[int(rng.integers(2))]
-        asked.append(Question("position", f"is {pair.format(words)} ?", "yes" if words == true else "no", places))
+        asked.append(
+            Question(
+                "position", f"is {pair.format(words)} ?", "yes" if words == true else "no", steps(where, first, second)
+            )
+        )
     present = things[int(rng.integers(len(things)))].name
     absent = [f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" not in {t.name for t in things}]
-    asked.append(Question("exists", f"is there a {present} ?", "yes", seen))
-    asked.append(Question("exists", f"is there a {absent[int(rng.integers(len(absent)))]} ?", "no", seen))
+    for name, answer in ((present, "yes"), (absent[int(rng.integers(len(absent)))], "no")):
+        verdicts = of_shape(name.split()[1], lambda t, name=name: f"{t.name} {'yes' if t.name == name else 'no'}")
+        asked.append(Question("exists", f"is there a {name} ?", answer, verdicts))
     return asked
 
 
