@@ -37,7 +37,7 @@ def chat(
     question: str | None = None,
     image: str | list[str] | None = None,
     model: str = "mini",
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 128,
 ) -> None:
     """Ask about pictures, or talk; without a question a prompt waits for your lines until an empty one.
 
@@ -153,7 +153,7 @@ def story(
     pixel: HeadOptions = HeadOptions(),
     semantic: HeadOptions = HeadOptions(),
     scale: int = 1,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 128,
     engine: DrawEngine | None = None,
 ) -> None:
     """Tell a story in words and pictures; the model decides when to draw, and sees what it drew.
