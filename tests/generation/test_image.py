@@ -55,6 +55,8 @@ VARIANTS = {
     "paper": {},
     "project first, places": {"projector": ProjectorConfig("project_first", places=True)},
     "places": {"projector": ProjectorConfig(places=True)},
+    "sums": {"projector": ProjectorConfig(places=True, sums=True)},
+    "sums, draws pixels": {"projector": ProjectorConfig("project_first", sums=True), "output": "pixel"},
     "looks at pixels": {"input": "pixel"},
     "looks at meaning": {"input": "semantic"},
     "draws pixels": {"output": "pixel"},
@@ -213,7 +215,8 @@ def forbid(model, monkeypatch):
 @pytest.mark.parametrize("how", ["semantic_codes=False", "output=pixel"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_pixel_codes_alone_need_no_semantic_head(how, guidance, monkeypatch):
-    model, processor = lively(output="pixel") if how == "output=pixel" else lively()
+    projector = ProjectorConfig(sums=True)
+    model, processor = lively(projector=projector, **({"output": "pixel"} if how == "output=pixel" else {}))
     settings = config(guidance, semantic_codes=how == "output=pixel")
     given = inputs(processor, chats())
     before = model.generate(**given, generation_mode="image", draw=settings)

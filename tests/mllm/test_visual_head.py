@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.generation.sampling import HeadSampling, guide, keep_likely, sample
 from dualtoken.mllm.projector import Projector, ProjectorConfig
@@ -285,6 +286,20 @@ def test_places_add_what_is_learnt_for_a_position_also_step_by_step():
         assert torch.allclose(out[:, n], bare[:, n] + made.places[n], atol=1e-6)
         step = made(pixel[:, n : n + 1], semantic[:, n : n + 1], first=n)
         assert torch.allclose(step[:, 0], out[:, n], atol=1e-6)
+
+
+def test_sums_are_shown_as_they_are_behind_the_normalised_features():
+    torch.manual_seed(0)
+    made = Projector(6, 8, 4, ProjectorConfig(sums=True), (3, 2))
+    pixel, semantic = torch.randn(2, 4, 9), torch.randn(2, 4, 8)
+    joined = [normal(pixel[..., :6]), pixel[..., 6:], normal(semantic[..., :6]), semantic[..., 6:]]
+    assert torch.allclose(made(pixel, semantic), layers(made.joint, torch.cat(joined, -1)), atol=1e-6)
+    model, _ = tiny.mllm(projector=ProjectorConfig(sums=True))
+    codes = DualCodes(*(torch.randint(16, (2, 4, 2)) for _ in range(2)))
+    for name, seen in zip(("pixel", "semantic"), model.features(codes), strict=True):
+        branch = getattr(model.vision_tokenizer, name)
+        rows = branch.quantizer.codebook.weight[getattr(codes, name)].sum(-2)
+        assert torch.equal(seen, torch.cat([branch.lookup(getattr(codes, name)), rows], -1))
 
 
 def test_features_of_any_scale_give_the_same_embeds():
