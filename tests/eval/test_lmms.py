@@ -1,19 +1,39 @@
 """The model in lmms-eval, against stand-ins of its requests; with lmms-eval itself where it is installed."""
 
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from dualtoken.cli import main
 from dualtoken.core.errors import UserError
+from dualtoken.data.scenes import scene
 from dualtoken.eval import lmms
 from dualtoken.eval.lmms import Answers, parts_of
 from dualtoken.mllm.assistant import Assistant, user
+from tests import tiny
 from tests.generation.lively import lively
 
 PICTURE = Image.new("RGB", (20, 16), "red")
 DOCUMENTS = [{"picture": PICTURE, "question": "what is it ?", "answer": "a circle"}, {"picture": PICTURE}]
+
+TASK = """
+task: dualtoken_scenes
+dataset_path: {data}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.pictures
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{max_new_tokens: 6}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
 
 
 def request(context, second, visuals=lambda document: [document["picture"]], number=0):
@@ -101,6 +121,42 @@ def test_lmms_eval_finds_the_model():
     assert issubclass(model, Answers) and model.is_simple and not model.__abstractmethods__
     made = model.create_from_arg_string("pretrained=mini", {"batch_size": 2, "device": "cpu", "max_batch_size": None})
     assert isinstance(made.assistant, Assistant) and made.rank == 0
+
+
+def test_lmms_eval_runs_a_local_task(tmp_path):
+    """Its own program on six pictures; the right answers are those that the model gives without it."""
+    pytest.importorskip("lmms_eval")
+    datasets = pytest.importorskip("datasets")
+    model, question = str(tiny.mllm_directory()), "what is the colour of the star ?"
+    pictures = [Image.fromarray(scene(i, "test").render(tiny.SIZE)) for i in range(6)]
+    chats = [[user(f"{question} {i}", picture)] for i, picture in enumerate(pictures)]
+    wanted = Assistant.open(model, device="cpu").ask(chats, max_new_tokens=6)
+    rows = [{"image": p, "question": f"{question} {i}", "answer": w}
+            for i, (p, w) in enumerate(zip(pictures, wanted, strict=True))]  # fmt: skip
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "data/test-00000-of-00001.parquet"))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/utils.py").write_text("def pictures(doc):\n    return [doc['image'].convert('RGB')]\n")
+    (tmp_path / "tasks/scenes.yaml").write_text(TASK.format(data=tmp_path / "data"))
+    call = ["--model", "dualtoken", "--model_args", f"pretrained={model}", "--device", "cpu"]
+    call += [
+        "--tasks",
+        "dualtoken_scenes",
+        "--include_path",
+        str(tmp_path / "tasks"),
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *call, "--limit", "4", "--batch_size", "2"], capture_output=True, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (tmp_path / "out").rglob("*_results.json")
+    found = json.loads(path.read_text())
+    assert found["results"]["dualtoken_scenes"]["exact_match,none"] == 1.0
+    assert found["n-samples"]["dualtoken_scenes"]["effective"] == 4
+    assert main(["eval", "scores", "--lmms", str(path), "--output", str(tmp_path / "scores.json")]) == 0
 
 
 def test_the_entry_point_names_the_class(monkeypatch):
