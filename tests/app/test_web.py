@@ -1,6 +1,7 @@
 """The page in a real browser: every tab once, with a model of a few thousand parameters; no call leaves the machine."""
 
 import shutil
+import time
 
 import pytest
 from PIL import Image
@@ -17,8 +18,13 @@ WAIT = 60_000  # ms
 
 
 @pytest.fixture(scope="module")
-def blocks():
-    return web.build(Assistant(*tiny.mllm()), "tiny")
+def assistant():
+    return Assistant(*tiny.mllm())
+
+
+@pytest.fixture(scope="module")
+def blocks(assistant):
+    return web.build(assistant, "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,19 @@ def test_tokenize_shows_maps_and_the_codes_of_a_clicked_place(page, picture):
     tab.get_by_text("Position 0", exact=True).wait_for()
 
 
+def test_two_pictures_exchange_codes(page, picture):
+    tab = open_tab(page, "Tokenize")
+    tab.get_by_role("button", name="Exchange codes with another picture").click()
+    tab.get_by_role("button", name="Exchange", exact=True).click()
+    page.get_by_text("give both pictures first").first.wait_for()
+    tab.locator("input[type=file]").last.set_input_files(picture)
+    tab.get_by_alt_text("the picture after the exchange", exact=True).wait_for(state="detached")
+    page.wait_for_timeout(1000)  # until the file is there
+    tab.get_by_role("button", name="Exchange", exact=True).click()
+    for label in ("the picture after the exchange", "the other picture after the exchange"):
+        page.get_by_alt_text(label, exact=True).wait_for()
+
+
 def test_look_answers_and_says_mistakes(page):
     tab = open_tab(page, "Look")
     tab.get_by_role("button", name="Ask", exact=True).click()
@@ -77,6 +96,29 @@ def test_draw_shows_both_ways_side_by_side(page):
     tab = open_tab(page, "Draw")
     tab.get_by_role("button", name="Draw", exact=True).click()
     tab.locator(".grid-wrap img").nth(7).wait_for()  # four pictures in each of two ways
+
+
+def test_stop_ends_a_drawing_and_the_next_one_is_whole(page, assistant, monkeypatch):
+    tab, head, steps = open_tab(page, "Draw"), assistant.model.pixel_head, []
+    real = head.step
+
+    def slow(*given):
+        steps.append(time.time())
+        time.sleep(0.5)
+        return real(*given)
+
+    monkeypatch.setattr(head, "step", slow)
+    tab.get_by_role("button", name="Draw", exact=True).click()
+    while len(steps) < 2:
+        page.wait_for_timeout(50)
+    tab.get_by_role("button", name="Stop", exact=True).click()
+    page.wait_for_timeout(3000)  # the position under way is finished
+    ended = len(steps)
+    page.wait_for_timeout(3000)
+    assert len(steps) == ended < 2 * 4 * 2  # two ways of four positions of two depths
+    monkeypatch.undo()
+    tab.get_by_role("button", name="Draw", exact=True).click()
+    tab.locator(".grid-wrap img").nth(7).wait_for()
 
 
 def test_edit_changes_a_picture_and_asks_for_one(page, picture):

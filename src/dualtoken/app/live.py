@@ -12,14 +12,15 @@ class Stopped(Exception):
     """Ends the work from within its report; no error: nobody waits for it any more."""
 
 
-def live(work: Callable[[Report], Any]) -> Iterator[Any]:
+def live(work: Callable[[Report], Any], stop: threading.Event | None = None) -> Iterator[Any]:
     """Do `work(report)` in a thread of its own; give all that it reports, and at last what it returns.
 
     Closing the iterator ends the work at its next report, and waits for that; `report(None)` reports nothing and only
-    lets itself be stopped. What the work raises is raised here.
+    lets itself be stopped. Setting `stop`, from any thread, ends it too, and the iterator with it. What the work raises
+    is raised here.
     """
     told: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    closed = threading.Event()
+    closed = stop or threading.Event()
 
     def report(value: Any) -> None:
         if closed.is_set():
@@ -31,7 +32,7 @@ def live(work: Callable[[Report], Any]) -> Iterator[Any]:
         try:
             told.put(("returned", work(report)))
         except Stopped:
-            pass
+            told.put(("stopped", None))
         except BaseException as error:  # nothing may leave the reader waiting
             told.put(("raised", error))
 
@@ -42,6 +43,8 @@ def live(work: Callable[[Report], Any]) -> Iterator[Any]:
             kind, value = told.get()
             if kind == "raised":
                 raise value
+            if kind == "stopped":
+                return
             yield value
             if kind == "returned":
                 return

@@ -1,10 +1,12 @@
 """What the pages of the web app show of a model at work: words and pictures while they grow.
 
-Every function gives what there is so far, again and again, and at last the whole; closing it ends the work.
+Every function gives what there is so far, again and again, and at last the whole; closing it, or setting its `stop`,
+ends the work.
 
 Shapes: B images, n positions drawn of N, D depth.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +23,7 @@ from dualtoken.core.images import to_picture
 from dualtoken.generation.sampling import DrawConfig
 from dualtoken.mllm.assistant import Assistant, Chat, user
 
+Stop = threading.Event | None
 BOTH, PIXEL_ONLY = "with semantic codes", "pixel codes alone"
 LARGEST = 16  # pictures asked for at once
 EMPTY = 0.75  # gray of what is not drawn yet, in [-1, 1]
@@ -93,16 +96,18 @@ def unfinished(assistant: Assistant, codes: DualCodes) -> list[Image.Image]:
     return [to_picture(image) for image in images.masked_fill(cover, EMPTY)]
 
 
-def answer(assistant: Assistant, chat: Chat, max_new_tokens: int = 128) -> Iterator[str]:
+def answer(assistant: Assistant, chat: Chat, max_new_tokens: int = 128, stop: Stop = None) -> Iterator[str]:
     """The assistant's next words in a chat."""
 
     def work(report: Report) -> str:
         return assistant.ask([chat], max_new_tokens=max_new_tokens, streamer=_Words(assistant, report))[0]
 
-    yield from live(work)
+    yield from live(work, stop)
 
 
-def draw(assistant: Assistant, prompt: str, number: int, sampling: Sampling, compare: bool = False) -> Iterator[Shown]:
+def draw(
+    assistant: Assistant, prompt: str, number: int, sampling: Sampling, compare: bool = False, stop: Stop = None
+) -> Iterator[Shown]:
     """`number` pictures of a prompt row by row, with `compare` also the same seeds without semantic codes.
 
     Raises UserError for an empty prompt and for too many pictures.
@@ -113,10 +118,13 @@ def draw(assistant: Assistant, prompt: str, number: int, sampling: Sampling, com
         assistant,
         {name: sampling.config(assistant, semantic) for name, semantic in ways.items()},
         lambda config, watch: assistant.draw([prompt], number, config, sampling.seed, watch=watch)[0],
+        stop,
     )
 
 
-def edit(assistant: Assistant, picture: Any, instruction: str, number: int, sampling: Sampling) -> Iterator[Shown]:
+def edit(
+    assistant: Assistant, picture: Any, instruction: str, number: int, sampling: Sampling, stop: Stop = None
+) -> Iterator[Shown]:
     """A picture changed as the instruction says, `number` times, row by row.
 
     Raises UserError for no picture or instruction, and for too many pictures.
@@ -128,11 +136,18 @@ def edit(assistant: Assistant, picture: Any, instruction: str, number: int, samp
         assistant,
         {"edited": sampling.config(assistant)},
         lambda config, watch: assistant.edit([picture], [instruction], number, config, sampling.seed, watch=watch)[0],
+        stop,
     )
 
 
 def tell(
-    assistant: Assistant, prompt: str, pictures: Sequence[Any], max_images: int, sampling: Sampling, words: int = 64
+    assistant: Assistant,
+    prompt: str,
+    pictures: Sequence[Any],
+    max_images: int,
+    sampling: Sampling,
+    words: int = 64,
+    stop: Stop = None,
 ) -> Iterator[Told]:
     """A story in words and pictures; `words` is the longest stretch of tokens between two pictures.
 
@@ -154,10 +169,10 @@ def tell(
         parts = assistant.tell([chat], max_images, config, sampling.seed, watch=watch, max_new_tokens=words)[0]
         return Told(parts, None, number)
 
-    yield from live(work)
+    yield from live(work, stop)
 
 
-def _rows(assistant: Assistant, ways: dict[str, DrawConfig], make: Any) -> Iterator[Shown]:
+def _rows(assistant: Assistant, ways: dict[str, DrawConfig], make: Any, stop: Stop) -> Iterator[Shown]:
     """Draw once in each way and show the pictures after every row; `make(config, watch)` gives the finished ones."""
     tokenizer = assistant.model.vision_tokenizer
     grid, positions = tokenizer.backbone.grid, tokenizer.positions
@@ -177,7 +192,7 @@ def _rows(assistant: Assistant, ways: dict[str, DrawConfig], make: Any) -> Itera
             finished = finished | {name: make(config, watch)}
         return Shown(finished, total, total)
 
-    yield from live(work)
+    yield from live(work, stop)
 
 
 def _check(words: str, number: int) -> None:

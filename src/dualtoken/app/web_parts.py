@@ -1,5 +1,6 @@
 """Pieces that several tabs of the web app share: pictures to pick, sampling, errors in the page, one queue."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,6 +20,7 @@ from dualtoken.mllm.assistant import Assistant
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # one request at a time, the others wait in line
 QUIET = {"api_visibility": "private"}  # no entry in the page's API: `dualtoken serve` has one
 SIDE = 192  # px of a drawn scene on the page
+STOPS: dict[str | None, threading.Event] = {}  # by page, of what it asked for last
 
 
 @contextmanager
@@ -94,8 +96,21 @@ def sampling_of(guidance: float, pixel: float, semantic: float, seed: float | No
     return Sampling(guidance, pixel, semantic, int(seed))
 
 
+def stop_of(request: gr.Request) -> threading.Event:
+    """What the Stop buttons of the page that asks will set, from now on."""
+    return STOPS.setdefault(request.session_hash, threading.Event())
+
+
 def stop_button(*events: Any) -> gr.Button:
-    """A button that ends what these events began."""
+    """A button that ends what these events began: those that wait leave the line, the one at work ends itself.
+
+    (Gradio alone would stop listening to it, and it would hold the model until it is done.)
+    """
+
+    def stop(request: gr.Request) -> None:
+        if event := STOPS.pop(request.session_hash, None):
+            event.set()
+
     button = gr.Button("Stop", variant="stop", min_width=80)
-    button.click(None, cancels=list(events), queue=False, **QUIET)
+    button.click(stop, None, None, cancels=list(events), queue=False, **QUIET)
     return button

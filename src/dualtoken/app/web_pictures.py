@@ -18,6 +18,7 @@ from dualtoken.app.web_parts import (
     sampling_controls,
     sampling_of,
     stop_button,
+    stop_of,
 )
 from dualtoken.mllm.assistant import Assistant
 
@@ -45,11 +46,11 @@ def draw_tab(assistant: Assistant) -> None:
 
     def draw(
         prompt: str, number: int, compare: bool, guidance: float, pixel: float, semantic: float, seed: float | None,
-        progress: gr.Progress = gr.Progress(),
+        request: gr.Request, progress: gr.Progress = gr.Progress(),
     ) -> Any:  # fmt: skip
         with errors_in_page():
             chosen = sampling_of(guidance, pixel, semantic, seed)
-            shown = studio.draw(assistant, prompt, int(number), chosen, compare)
+            shown = studio.draw(assistant, prompt, int(number), chosen, compare, stop_of(request))
             yield from _galleries(shown, progress, (BOTH, PIXEL_ONLY))
 
     event = gr.on([button.click, prompt.submit], draw, [prompt, number, compare, *sampling], [with_semantic, without],
@@ -74,11 +75,11 @@ def edit_tab(assistant: Assistant) -> None:
 
     def edit(
         picture: str | None, instruction: str, number: int, guidance: float, pixel: float, semantic: float,
-        seed: float | None, progress: gr.Progress = gr.Progress(),
+        seed: float | None, request: gr.Request, progress: gr.Progress = gr.Progress(),
     ) -> Any:  # fmt: skip
         with errors_in_page():
             chosen = sampling_of(guidance, pixel, semantic, seed)
-            shown = studio.edit(assistant, picture, instruction, int(number), chosen)
+            shown = studio.edit(assistant, picture, instruction, int(number), chosen, stop_of(request))
             for (pictures,) in _galleries(shown, progress, ("edited",)):
                 yield pictures
 

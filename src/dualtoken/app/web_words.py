@@ -16,6 +16,7 @@ from dualtoken.app.web_parts import (
     sampling_of,
     shown_picture,
     stop_button,
+    stop_of,
 )
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import read_image
@@ -41,11 +42,11 @@ def look_tab(assistant: Assistant) -> None:
     said = gr.State([])  # the messages as the model takes them, with paths of pictures
     last = gr.State()  # the picture of the message before: it is not shown twice
 
-    def ask(text: str, picture: str | None, said: list, last: str | None) -> Any:
+    def ask(text: str, picture: str | None, said: list, last: str | None, request: gr.Request) -> Any:
         with errors_in_page():
             chat = [*said, message(text, picture if picture != last else None)]
             growing = ""
-            with closing(studio.answer(assistant, chat)) as answers:
+            with closing(studio.answer(assistant, chat, stop=stop_of(request))) as answers:
                 for growing in answers:
                     yield for_chatbot([*chat, {"role": "assistant", "content": growing}]), said, last, text
             chat.append({"role": "assistant", "content": growing})
@@ -75,12 +76,12 @@ def story_tab(assistant: Assistant) -> None:
 
     def tell(
         prompt: str, picture: str | None, most: int, guidance: float, pixel: float, semantic: float,
-        seed: float | None, progress: gr.Progress = gr.Progress(),
+        seed: float | None, request: gr.Request, progress: gr.Progress = gr.Progress(),
     ) -> Any:  # fmt: skip
         with errors_in_page():
             chosen, state = sampling_of(guidance, pixel, semantic, seed), studio.Told()
-            pictures = [] if picture is None else [read_image(picture)]
-            with closing(studio.tell(assistant, prompt, pictures, int(most), chosen)) as states:
+            pictures, stop = [] if picture is None else [read_image(picture)], stop_of(request)
+            with closing(studio.tell(assistant, prompt, pictures, int(most), chosen, stop=stop)) as states:
                 for state in states:
                     progress((state.number, int(most)), desc=f"picture {state.number}", unit="pictures")
                     yield None if state.drawing is None else enlarged(state.drawing), gr.skip()
