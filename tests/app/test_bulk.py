@@ -202,6 +202,7 @@ print("killed", killed)
 """
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path):
     for i in range(3):
         write_shard(tmp_path / f"in/{i}.tar", range(12 * i, 12 * i + 12), size=700)  # some 0.2 s a shard

@@ -57,6 +57,7 @@ def test_frechet_distance_of_equal_and_of_shifted_sets():
     )
 
 
+@pytest.mark.slow
 def test_table4_table5_and_fig5_run_through(tmp_path):
     out = ["--out", str(tmp_path)]
     for id in ("table4", "table5", "fig5"):
@@ -72,6 +73,7 @@ def test_table4_table5_and_fig5_run_through(tmp_path):
     assert (tmp_path / "fig5.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", ["table2", "table6", "table12"])
 def test_the_others_run_through(id, tmp_path):
     assert main(["reproduce", id, "--out", str(tmp_path), "--budget", "0.1", "--pictures", "3"]) == 0

@@ -46,6 +46,7 @@ def test_variants_say_what_learns_and_what_counts(tmp_path):
     assert all(sum(p["steps"] for p in changes["phases"]) == 400 for changes in made.values())
 
 
+@pytest.mark.slow
 def test_table3_and_table10_run_through_and_share_what_they_train(tmp_path, few, monkeypatch):
     ran, train = [], trained.COMMANDS["train-tokenizer"]
     monkeypatch.setitem(trained.COMMANDS, "train-tokenizer", lambda **told: (ran.append(told["output"]), train(**told)))
