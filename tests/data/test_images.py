@@ -78,10 +78,11 @@ def write_shard(path, names, cut=None):
 def test_shards_give_pictures_captions_labels(tmp_path):
     write_shard(tmp_path / "s-000.tar", ["a", "b"])
     write_shard(tmp_path / "s-001.tar", ["c"])
-    source = open_source(DataConfig(str(tmp_path / "s-{000..001}.tar")), 16)
-    assert len(source) == 3 and source.classes == ("0", "1")
-    assert [source[i].caption for i in range(3)] == ["text a", "text b", "text c"]
-    assert [source[i].label for i in range(3)] == [0, 1, 0]
+    for pattern in ("s-{000..001}.tar", "s-*.tar", ""):  # the last: their folder
+        source = open_source(DataConfig(str(tmp_path / pattern)), 16)
+        assert len(source) == 3 and source.classes == ("0", "1")
+        assert [source[i].caption for i in range(3)] == ["text a", "text b", "text c"]
+        assert [source[i].label for i in range(3)] == [0, 1, 0]
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
     whole = Shards(str(tmp_path / "s-000.tar"), 40)[0].image
     assert torch.equal(whole, torch.from_numpy(noise).permute(2, 0, 1))

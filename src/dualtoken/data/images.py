@@ -8,7 +8,6 @@ import atexit
 import itertools
 import multiprocessing.util
 import signal
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import webdataset.shardlists
-import webdataset.tariterators
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dualtoken.core.errors import UserError
-from dualtoken.core.images import IMAGE_SUFFIXES, ImageError, fit_image, image_bytes, list_images, read_image
+from dualtoken.core.images import ImageError, fit_image, image_bytes, list_images, read_image
+from dualtoken.data.tar_shards import TarSample, find_shards, index_tar
 
 # Photographs in scikit-image's wheel, color first
 PHOTOGRAPHS = (
@@ -71,7 +69,8 @@ class DataConfig:
 
     Args:
         source: "scenes" (the bundled world), a folder (class folders are labels, `name.txt` beside a picture is
-            its caption), webdataset shards: "data/{000..099}.tar", or "photographs" (those scikit-image ships).
+            its caption), webdataset shards ("data/{000..099}.tar", "data/*.tar" or their folder), or "photographs"
+            (those scikit-image ships).
         batch_size: pictures of a batch, over all processes.
         workers: loading processes; 0 = in the training process.
         seed: of the bundled world.
@@ -131,57 +130,46 @@ class Shards:
 
     Tar headers are read once at the start; a shard that is cut off gives the samples before the cut, and is
     listed in `damaged`. Raises UserError where no shard holds a picture.
+
+    Args: pattern: see `find_shards`.
     """
 
     endless = False
 
     def __init__(self, pattern: str, size: int, option: str = "--data.source"):
-        self.size, self.damaged, self.classes = size, [], ()
-        self.shards = [Path(url) for url in webdataset.shardlists.expand_urls(pattern)]
-        self.samples: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
-        for number, shard in enumerate(self.shards):
-            if not shard.is_file():
-                raise UserError(f"{option} {pattern}: no shard {shard}")
-            self._index(number, shard)
-        labels = [int(self._read(s, d["cls"]) or -1) for s, _, d in self.samples if "cls" in d]
+        self.size, self.damaged = size, []
+        self.samples: list[tuple[Path, TarSample]] = []
+        shards = find_shards(pattern, option).values()
+        for shard in shards:
+            index = index_tar(shard)
+            if index.damage:
+                self.damaged.append(str(shard))
+            self.samples += [(shard, sample) for sample in index.samples if sample.picture]
+        labels = [
+            int(self._read(at, "cls") or -1) for at, (_, sample) in enumerate(self.samples) if "cls" in sample.parts
+        ]
         self.classes = tuple(str(i) for i in range(max(labels, default=-1) + 1))
         if not self.samples:
-            raise UserError(f"{option} {pattern}: no picture in {len(self.shards)} shards")
+            raise UserError(f"{option} {pattern}: no picture in {len(shards)} shards")
 
-    def _index(self, number: int, shard: Path) -> None:
-        """Add the samples of one shard: shard number, base name, suffix -> (offset, size)."""
-        grouped: dict[str, dict[str, tuple[int, int]]] = {}
-        length = shard.stat().st_size
-        try:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    base, suffix = webdataset.tariterators.base_plus_ext(member.name)
-                    if member.isfile() and base:
-                        if member.offset_data + member.size > length:
-                            raise tarfile.ReadError("cut off")
-                        grouped.setdefault(base, {})[suffix.lower()] = (member.offset_data, member.size)
-        except tarfile.ReadError:
-            self.damaged.append(str(shard))
-        for base, parts in grouped.items():
-            if any(f".{suffix}" in IMAGE_SUFFIXES for suffix in parts):
-                self.samples.append((number, base, parts))
-
-    def _read(self, shard: int, place: tuple[int, int]) -> bytes:
-        with open(self.shards[shard], "rb") as opened:
-            opened.seek(place[0])
-            return opened.read(place[1])
+    def _read(self, index: int, suffix: str) -> bytes:
+        """A file of a sample, empty where it has none."""
+        shard, sample = self.samples[index]
+        place = sample.picture if suffix == "picture" else sample.parts.get(suffix)
+        if place is None:
+            return b""
+        with open(shard, "rb") as opened:
+            return place.read(opened)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        shard, base, parts = self.samples[index]
-        name = f"{self.shards[shard]}:{base}"
-        suffix = next(s for s in parts if f".{s}" in IMAGE_SUFFIXES)
-        picture = read_image(self._read(shard, parts[suffix]), name)
-        caption = self._read(shard, parts["txt"]).decode(errors="replace").strip() if "txt" in parts else ""
-        label = int(self._read(shard, parts["cls"]) or -1) if "cls" in parts else -1
-        return Sample(image_bytes(fit_image(picture, self.size)), caption, label, name)
+        shard, sample = self.samples[index]
+        name = f"{shard}:{sample.key}"
+        picture = read_image(self._read(index, "picture"), name)
+        caption = self._read(index, "txt").decode(errors="replace").strip()
+        return Sample(image_bytes(fit_image(picture, self.size)), caption, int(self._read(index, "cls") or -1), name)
 
 
 def open_source(config: DataConfig, size: int, split: str = "train", option: str = "--data.source") -> Source:
@@ -192,7 +180,7 @@ def open_source(config: DataConfig, size: int, split: str = "train", option: str
         return Scenes(size, split, config.seed)
     if config.source == "photographs":
         return photographs(size)
-    if config.source.endswith(".tar"):
+    if find_shards(config.source, option):
         return Shards(config.source, size, option)
     return ImageFolder(config.source, size, option)
 
