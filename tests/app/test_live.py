@@ -22,6 +22,21 @@ def test_what_the_work_raises_is_raised_to_the_reader():
         next(reader)
 
 
+def test_a_stop_from_elsewhere_ends_the_work_and_the_reading():
+    stop, steps = threading.Event(), []
+
+    def work(report):
+        for step in range(1000):
+            steps.append(step)
+            report(step)
+            time.sleep(0.001)
+
+    reader = live(work, stop)
+    assert next(reader) == 0
+    stop.set()
+    assert list(reader) == steps[1 : len(steps) - 1] and len(steps) < 1000
+
+
 @pytest.mark.parametrize("reported", ["some", None])
 def test_who_stops_listening_stops_the_work_and_its_thread(reported):
     steps = []

@@ -37,7 +37,7 @@ def chat(
     question: str | None = None,
     image: str | list[str] | None = None,
     model: str = "mini",
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
 ) -> None:
     """Ask about pictures, or talk; without a question a prompt waits for your lines until an empty one.
 
@@ -45,7 +45,7 @@ def chat(
         question: what to ask; without it, a conversation.
         image: a picture to talk about, or several.
         model: a preset, or the directory of a multimodal model.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; without it what the LLM has room for, at most 256.
     """
     paths = [image] if isinstance(image, str) else image or []
     pictures = [read_image(path) for path in paths]
@@ -153,7 +153,7 @@ def story(
     pixel: HeadOptions = HeadOptions(),
     semantic: HeadOptions = HeadOptions(),
     scale: int = 1,
-    max_new_tokens: int = 128,
+    max_new_tokens: int = 64,
     engine: DrawEngine | None = None,
 ) -> None:
     """Tell a story in words and pictures; the model decides when to draw, and sees what it drew.

@@ -62,7 +62,7 @@ class Model:
         """See `dualtoken.load`."""
         return cls(Assistant.open(model, "model", device))
 
-    def ask(self, picture: Picture | Sequence[Picture] | None, question: str, max_new_tokens: int = 128) -> str:
+    def ask(self, picture: Picture | Sequence[Picture] | None, question: str, max_new_tokens: int | None = None) -> str:
         """The answer to a question about a picture, several, or (None) nothing shown."""
         chat = [user(*self._open(picture), _words(question, "question"))]
         return self.assistant.ask([chat], max_new_tokens=max_new_tokens)[0]

@@ -96,7 +96,7 @@ def unfinished(assistant: Assistant, codes: DualCodes) -> list[Image.Image]:
     return [to_picture(image) for image in images.masked_fill(cover, EMPTY)]
 
 
-def answer(assistant: Assistant, chat: Chat, max_new_tokens: int = 128, stop: Stop = None) -> Iterator[str]:
+def answer(assistant: Assistant, chat: Chat, max_new_tokens: int | None = None, stop: Stop = None) -> Iterator[str]:
     """The assistant's next words in a chat."""
 
     def work(report: Report) -> str:

@@ -97,8 +97,9 @@ def sampling_of(guidance: float, pixel: float, semantic: float, seed: float | No
 
 
 def stop_of(request: gr.Request) -> threading.Event:
-    """What the Stop buttons of the page that asks will set, from now on."""
-    return STOPS.setdefault(request.session_hash, threading.Event())
+    """What the Stop buttons of the page that asks will set, from now on: one thing of a page is at work at a time."""
+    STOPS[request.session_hash] = threading.Event()
+    return STOPS[request.session_hash]
 
 
 def stop_button(*events: Any) -> gr.Button:

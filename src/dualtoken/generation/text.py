@@ -22,7 +22,8 @@ def write(
     """
     config = model.config
     room = model.context - max(len(c.ids) for c in contexts)
-    options.setdefault("max_new_tokens", min(MAX_NEW_TOKENS, max(1, room)))
+    if options.get("max_new_tokens") is None:
+        options["max_new_tokens"] = min(MAX_NEW_TOKENS, max(1, room))
     rows = join(model, contexts, options["max_new_tokens"], draw_semantic)
     stops = stop_ids(model)
     never = [config.vision_start_id, config.image_id, config.vision_end_id, config.draw_end_id]
