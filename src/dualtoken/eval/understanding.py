@@ -101,7 +101,7 @@ def ask_questions(assistant: Assistant, asked: list[tuple[int, Question]], batch
     for first in tqdm(range(0, len(asked), batch_size), desc="questions", unit=" batches", disable=None):
         group = asked[first : first + batch_size]
         chats = [[user(picture_of(scene(index, split), size), question.question)] for index, question in group]
-        said = assistant.ask(chats, max_new_tokens=96)
+        said = assistant.ask(chats)
         answers += [Asked(index, question, text) for (index, question), text in zip(group, said, strict=True)]
     return answers
 
