@@ -152,7 +152,9 @@ def test_lmms_eval_runs_a_local_task(tmp_path):
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = (tmp_path / "out").rglob("*_results.json")
+    written = list((tmp_path / "out").rglob("*_results.json"))
+    assert len(written) == 1, done.stdout[-3000:] + done.stderr[-3000:]  # it ends with 0 when it fails, too
+    (path,) = written
     found = json.loads(path.read_text())
     assert found["results"]["dualtoken_scenes"]["exact_match,none"] == 1.0
     assert found["n-samples"]["dualtoken_scenes"]["effective"] == 4
