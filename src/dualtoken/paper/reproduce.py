@@ -29,7 +29,7 @@ EXPERIMENTS = {
     ),
     "table3": Experiment(
         paper_table("table3").title, "one codebook for both objectives collapses, two at two layers beat either alone",
-        table3, 75, ("data", "encoder"), f"{IMAGENET} and google/siglip-so400m-patch14-384 (--encoder)",
+        table3, 30, ("data", "encoder"), f"{IMAGENET} and google/siglip-so400m-patch14-384 (--encoder)",
     ),
     **{
         id: Experiment(
@@ -37,14 +37,14 @@ EXPERIMENTS = {
             f"{IMAGENET} and one of the backbones (--encoder); one backbone a run",
         )
         for id, claim, make, minutes in (
-            ("table7", "the first quarter of the layers is the place for pixels, deeper ones are worse", table7, 20),
+            ("table7", "the first quarter of the layers is the place for pixels, deeper ones are worse", table7, 18),
             ("table8", "so it is for backbones of any size", table8, 1),
-            ("table9", "a layer more or less near the first quarter changes little", table9, 10),
+            ("table9", "a layer more or less near the first quarter changes little", table9, 5),
         )
     },
     "table10": Experiment(
         paper_table("table10").title, "with UniTok's quantizer, MCQ, dual codes are better still",
-        table10, 10, ("data", "encoder"), f"{IMAGENET} and ViTamin-L/16-256 (--encoder)",
+        table10, 4, ("data", "encoder"), f"{IMAGENET} and ViTamin-L/16-256 (--encoder)",
     ),
     **{
         id: Experiment(title, claim, make, minutes, (), LATER, full=False)

@@ -1,7 +1,7 @@
 """Tokenizers that differ in one thing, as parts to train: layers, codebooks, objectives, quantizer, encoder, seed.
 
 The miniature: 48 px, 36 positions, D = 4, K = 256, code width 16, a small decoder, no perceptual or adversarial loss,
-400 steps of 16 pictures on the bundled encoder. All rows of a table have the same budget. At full scale the shape is
+160 steps of 16 pictures on the bundled encoder. All rows of a table have the same budget. At full scale the shape is
 the recipe that fits `--encoder`, with the recipe's losses and the paper's 100000 steps.
 """
 
@@ -17,7 +17,7 @@ from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
 from dualtoken.tokenizer.initial import load_backbone
 from dualtoken.tokenizer.presets import RECIPES, fitting_shape
 
-STEPS, LONG, FULL = 400, 1200, (2000, 98000)  # of tables that compare tokenizers; of those that need good ones; full
+STEPS, LONG, FULL = 160, 1200, (2000, 98000)  # of tables that compare tokenizers; of those that need good ones; full
 SIZES = {"codebook_size": 256, "code_dim": 16, "depth": 4}
 DECODER = {"channels": 16, "multipliers": [1, 1, 2, 4], "blocks": 1, "z_channels": 64}
 OWN = {"channels": 16, "multipliers": [1, 1, 2, 4], "blocks": 1, "attention": 1}
