@@ -1,6 +1,7 @@
 """The command line: a dict of functions, each imported when it is called, so that `--help` is quick."""
 
 import importlib
+import os
 import shlex
 import sys
 from difflib import get_close_matches
@@ -210,8 +211,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The installed `dualtoken`."""
-    sys.exit(main())
+    """The installed `dualtoken`. Quiet where what reads its output stops reading (`dualtoken info | head`)."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        status = 1
+    sys.exit(status)
 
 
 def _run(arguments: list[str]) -> int:
