@@ -12,6 +12,7 @@ from tests import tiny
 pytest.importorskip("gradio", reason="the extra app is not installed")
 
 from dualtoken.app import web, web_words
+from dualtoken.app.web_parts import STOPS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WAIT = 60_000  # ms
@@ -98,27 +99,48 @@ def test_draw_shows_both_ways_side_by_side(page):
     tab.locator(".grid-wrap img").nth(7).wait_for()  # four pictures in each of two ways
 
 
-def test_stop_ends_a_drawing_and_the_next_one_is_whole(page, assistant, monkeypatch):
-    tab, head, steps = open_tab(page, "Draw"), assistant.model.pixel_head, []
+@pytest.fixture
+def slow(assistant, monkeypatch):
+    """Times of the pixel head's steps, each of which now takes a second."""
+    head, steps = assistant.model.pixel_head, []
     real = head.step
 
-    def slow(*given):
+    def step(*given):
         steps.append(time.time())
-        time.sleep(0.5)
+        time.sleep(1)
         return real(*given)
 
-    monkeypatch.setattr(head, "step", slow)
-    tab.get_by_role("button", name="Draw", exact=True).click()
+    monkeypatch.setattr(head, "step", step)
+    return steps
+
+
+def draw_and(end, page, steps):
+    """Begin to draw on a page, end it, and see that it ends before all four positions of two depths, two ways."""
+    open_tab(page, "Draw").get_by_role("button", name="Draw", exact=True).click()
     while len(steps) < 2:
         page.wait_for_timeout(50)
-    tab.get_by_role("button", name="Stop", exact=True).click()
-    page.wait_for_timeout(3000)  # the position under way is finished
+    end()
+    time.sleep(5)  # a closed page is noticed after two seconds; the position under way is finished
     ended = len(steps)
-    page.wait_for_timeout(3000)
-    assert len(steps) == ended < 2 * 4 * 2  # two ways of four positions of two depths
+    time.sleep(3)
+    assert len(steps) == ended < 2 * 4 * 2
+
+
+def test_stop_ends_a_drawing_and_the_next_one_is_whole(page, slow, monkeypatch):
+    tab = open_tab(page, "Draw")
+    draw_and(tab.get_by_role("button", name="Stop", exact=True).click, page, slow)
     monkeypatch.undo()
     tab.get_by_role("button", name="Draw", exact=True).click()
     tab.locator(".grid-wrap img").nth(7).wait_for()
+
+
+def test_a_page_that_is_closed_ends_its_drawing(page, slow):
+    known = set(STOPS)
+    other = page.context.browser.new_page()
+    other.set_default_timeout(WAIT)
+    other.goto(page.address)
+    draw_and(other.close, other, slow)
+    assert set(STOPS) == known
 
 
 def test_edit_changes_a_picture_and_asks_for_one(page, picture):

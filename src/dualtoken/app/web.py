@@ -34,7 +34,7 @@ def app(model: str = "mini", host: str = "127.0.0.1", port: int = 7860, browser:
 def build(assistant: Assistant, name: str) -> Any:
     """The page of a model, a gradio.Blocks. Raises UserError where Gradio is not installed."""
     gr = gradio()
-    from dualtoken.app import web_pictures, web_tokens, web_words
+    from dualtoken.app import web_parts, web_pictures, web_tokens, web_words
 
     side = assistant.model.vision_tokenizer.image_size
     with gr.Blocks(title=f"DualToken: {name}", analytics_enabled=False, delete_cache=KEPT) as blocks:
@@ -51,6 +51,7 @@ def build(assistant: Assistant, name: str) -> Any:
         ):
             with gr.Tab(title):
                 tab(assistant)
+        blocks.unload(web_parts.stop)  # nothing is made for who has left
     return blocks.queue(max_size=WAITING)
 
 
@@ -68,8 +69,9 @@ def launch(blocks: Any, host: str, port: int, browser: bool = False) -> tuple[An
 
 
 def gradio() -> ModuleType:
-    """Gradio without its telemetry. Raises UserError where it is not installed."""
+    """Gradio without its telemetry, quick to notice closed pages. Raises UserError where it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported, and again by some of its parts
+    os.environ.setdefault("GRADIO_HEARTBEAT_INTERVAL", "2")
     try:
         import gradio
     except ImportError:

@@ -102,16 +102,17 @@ def stop_of(request: gr.Request) -> threading.Event:
     return STOPS[request.session_hash]
 
 
+def stop(request: gr.Request) -> None:
+    """End what a page asked for last, where it is still at work; so does closing the page."""
+    if event := STOPS.pop(request.session_hash, None):
+        event.set()
+
+
 def stop_button(*events: Any) -> gr.Button:
     """A button that ends what these events began: those that wait leave the line, the one at work ends itself.
 
     (Gradio alone would stop listening to it, and it would hold the model until it is done.)
     """
-
-    def stop(request: gr.Request) -> None:
-        if event := STOPS.pop(request.session_hash, None):
-            event.set()
-
     button = gr.Button("Stop", variant="stop", min_width=80)
     button.click(stop, None, None, cancels=list(events), queue=False, **QUIET)
     return button
