@@ -8,11 +8,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import Case, Options, Work
 from dualtoken.core.linear_loss import classification_loss
+from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.presets import SHAPES
 from dualtoken.training.memory import BatchShape, stage_memory
 from dualtoken.training.stages import STAGES
@@ -44,7 +45,7 @@ def cases(options: Options) -> list[Case]:
                                  partial(work, loss, sizes, options), rows, line))  # fmt: skip
             made.append(Case(group, "its matrix products alone", "limit", partial(products, sizes, options),
                              rows, series and f"{series}: products"))  # fmt: skip
-    made.append(Case("planned memory of stage 4-1 at 3B, 8 samples of 384 tokens", "ours", "ours", plan))
+    made.append(Case("planned memory of stage 4-1 at 3B, 64 samples of 384 tokens", "ours", "ours", plan))
     return made
 
 
@@ -93,22 +94,25 @@ def products(sizes: tuple[int, int, int], options: Options) -> Work:
 
 
 def plan() -> Work:
-    """GiB on one GPU by `training/memory.py`, dual codes against pixel codes alone."""
+    """GiB on a GPU by `training/memory.py`: dual codes against pixel codes alone, on one GPU and split over eight."""
     found = {}
 
     def run() -> None:
-        model = SHAPES["paper-3b"].build()
-        batch = BatchShape(8, 384, 8, 8, 8 * 64)
-        dual = stage_memory(model, STAGES["4-1"], batch).total
-        # Without the second vocabulary: no semantic head, no semantic half of the projector's first layer.
-        learning = (
-            sum(p.numel() for p in model.semantic_head.parameters()) + model.projector.joint[0].weight.numel() // 2
-        )
-        branch = model.vision_tokenizer.semantic
-        kept = sum(p.numel() for part in (branch.quantizer, branch.post) for p in part.parameters())
-        model.config.output = "pixel"
-        single = stage_memory(model, STAGES["4-1"], batch).total - 16 * learning - 4 * kept
-        found.update({"dual GiB": dual / 2**30, "single GiB": single / 2**30,
-                      "dual over single": dual / single})  # fmt: skip
+        model, batch = SHAPES["paper-3b"].build(), BatchShape(64, 384, 64, 64, 64 * 64)
+        settings = {"one GPU": {}, "8 GPUs, FSDP2": {"devices": 8, "shard": True}}
+        dual = {name: stage_memory(model, STAGES["4-1"], batch, **told).total for name, told in settings.items()}
+        without_semantics(model)
+        for name, told in settings.items():
+            single = stage_memory(model, STAGES["4-1"], batch, **told).total
+            found.update({f"{name}: dual GiB": dual[name] / 2**30, f"{name}: single GiB": single / 2**30,
+                          f"{name}: dual over single": dual[name] / single})  # fmt: skip
 
     return Work(run, facts=lambda: found)
+
+
+def without_semantics(model: DualTokenForConditionalGeneration) -> None:
+    """Take out what the second vocabulary brings: its head, its codebook, its half of the projector's first layer."""
+    model.config.output = "pixel"
+    first, branch = model.projector.joint[0], model.vision_tokenizer.semantic
+    model.projector.joint[0] = nn.Linear(first.in_features // 2, first.out_features, device="meta")
+    model.semantic_head, branch.quantizer, branch.post = None, nn.Identity(), nn.Identity()

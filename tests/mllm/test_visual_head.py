@@ -140,6 +140,23 @@ def test_loss_is_cross_entropy_by_depth_summed_over_positions():
     assert torch.allclose(made.loss(hidden, codes), torch.stack(wanted), rtol=1e-5)
 
 
+def test_loss_made_again_in_pieces_has_the_same_gradients(monkeypatch):
+    monkeypatch.setattr("dualtoken.mllm.visual_head.PIECE", 3)
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        head = VisualHead(24, VisualHeadConfig(32, 3, 16, 2, 2, 8))
+        head.recompute = again
+        hidden = torch.randn(7, 24, requires_grad=True)
+        codes = torch.randint(32, (7, 3))
+        loss = head.loss(hidden, codes)
+        assert loss.shape == (3,)
+        (loss @ torch.tensor([1.0, 0.5, 0.2])).backward()
+        found.append([loss.detach(), hidden.grad, *(p.grad for p in head.parameters())])
+    for plain, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(plain, pieces, atol=1e-5, rtol=1e-5)
+
+
 def test_one_depth_is_allowed_and_odd_widths_are_not():
     config = VisualHeadConfig(codebook_size=12, depth=1, width=16, layers=1, heads=2, embed_dim=8)
     made, (hidden, codes) = head(config), batch(config=config)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dualtoken.core.errors import UserError
-from dualtoken.core.linear_loss import classification_loss
+from dualtoken.core.linear_loss import SMALL, classification_loss
 from dualtoken.mllm.projector import two_layers
 from dualtoken.tokenizer.branch import AttentionCache, GatedMLP
+
+PIECE = 1024  # positions at once where activations are computed again
 
 
 @dataclass
@@ -94,7 +96,7 @@ class VisualHead(nn.Module):
 
     def __init__(self, hidden: int, config: VisualHeadConfig):
         super().__init__()
-        self.config, self.recompute = config, False  # keep what goes into a block, compute the rest again going back
+        self.config, self.recompute = config, False  # keep what goes into `loss`, compute the rest again going back
         linear = config.linear_projector
         self.projector = nn.Linear(hidden, config.width) if linear else two_layers(hidden, config.width, config.width)
         tables = 1 if config.shared_embedding else config.depth
@@ -116,8 +118,7 @@ class VisualHead(nn.Module):
         before = self.embed(codes[:, :-1], depths).cumsum(1)  # eq. 5
         x = torch.cat([self.projector(hidden)[:, None], self.embed_in(before)], 1) + self.positions
         for block in self.blocks:
-            again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            x = block(x)
         return self.norm(x)
 
     def embed(self, codes: Tensor, depth: int | Tensor) -> Tensor:
@@ -134,10 +135,21 @@ class VisualHead(nn.Module):
         return self.classifiers[0 if self.config.shared_classifier else depth](x)
 
     def loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Cross-entropy by depth [D] (eq. 7), summed over the M positions; logits [M, D, K] are never whole."""
-        x = self.features(hidden, codes)
+        """Cross-entropy by depth [D] (eq. 7), summed over the M positions; logits [M, D, K] are never whole.
+
+        With `recompute` only hidden and codes are kept, and all else is made again going back, a few positions at a
+        time: a second head then adds nothing to the peak.
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._loss(hidden, codes)
+        pieces = zip(hidden.split(PIECE), codes.split(PIECE), strict=True)
+        return torch.stack([checkpoint(self._loss, *piece, use_reentrant=False) for piece in pieces]).sum(0)
+
+    def _loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        x, classes = self.features(hidden, codes), self.config.codebook_size
+        small = PIECE * classes if self.recompute else SMALL  # pieces keep their logits: they are made again anyway
         return torch.stack([
-            classification_loss(partial(self.classify, depth=d), x[:, d], codes[:, d], self.config.codebook_size)
+            classification_loss(partial(self.classify, depth=d), x[:, d], codes[:, d], classes, small)
             for d in range(self.config.depth)
         ])  # fmt: skip
 

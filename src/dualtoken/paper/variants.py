@@ -17,7 +17,7 @@ from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
 from dualtoken.tokenizer.initial import load_backbone
 from dualtoken.tokenizer.presets import RECIPES, fitting_shape
 
-STEPS, LONG, FULL = 160, 1200, (2000, 98000)  # of tables that compare tokenizers; of those that need good ones; full
+STEPS, LONG, FULL = 160, 800, (2000, 98000)  # of tables that compare tokenizers; of those that need good ones; full
 SIZES = {"codebook_size": 256, "code_dim": 16, "depth": 4}
 DECODER = {"channels": 16, "multipliers": [1, 1, 2, 4], "blocks": 1, "z_channels": 64}
 OWN = {"channels": 16, "multipliers": [1, 1, 2, 4], "blocks": 1, "attention": 1}
