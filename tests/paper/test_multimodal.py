@@ -7,7 +7,7 @@ import pytest
 
 from dualtoken.cli import main
 from dualtoken.data.scenes import COLORS, Scene, SceneObject
-from dualtoken.paper.multimodal import frechet
+from dualtoken.paper.multimodal import frechet, verdict
 from dualtoken.paper.prompts import Prompt, geneval_prompts, judge, skill_prompts
 
 TINY = ["--budget", "0.1", "--pictures", "2"]
@@ -45,6 +45,13 @@ def test_shares_are_by_kind():
     prompts = [Prompt("a", "", lambda p: True), Prompt("b", "", lambda p: False), Prompt("a", "", lambda p: False)]
     found = judge(prompts, [np.zeros(1)] * 3)
     assert {kind: (s.right, s.total) for kind, s in found.items()} == {"a": (1, 2), "b": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "word"), [(60, 50, "as in"), (50, 60, "against"), (52, 50, "beyond chance"), (0, 0, "chance")]
+)
+def test_a_difference_counts_from_two_standard_errors(ours, other, word):
+    assert word in verdict(ours, other, 300)  # one standard error of a share of one half is 2.9 points
 
 
 def test_frechet_distance_of_equal_and_of_shifted_sets():

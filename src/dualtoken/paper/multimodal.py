@@ -29,6 +29,7 @@ from dualtoken.tokenizer.pretrained import open_image_text
 LOOK_STEPS, DRAW_STEPS, BATCH = 450, 600, 50
 LOOP = {"save_every": 150, "eval_every": 0, "log_every": 20, "tracker": "none"}
 SHOWN = 8  # prompts of Figure 5
+CHANCE = 1.96  # standard errors of a difference, two-sided 95 %
 Numbers = dict[str, float]
 
 
@@ -73,6 +74,15 @@ def understands(setting: Setting, part: Part) -> Numbers:
     return remembered(part.folder(setting) / f"understands-{number}.json", ask)
 
 
+def verdict(ours: float, other: float, number: int) -> str:
+    """Two shares in percent, each of `number`, and what their difference says for a paper that has ours above."""
+    error = (sum(share * (100 - share) for share in (ours, other)) / number) ** 0.5
+    word = "no difference beyond chance"
+    if abs(ours - other) > CHANCE * error:
+        word = "as in the paper" if ours > other else "against the paper"
+    return f"{ours:.1f} % and {other:.1f} % of {number}, {word} (one seed)."
+
+
 def table4(setting: Setting) -> Result:
     """One codebook for all (as VILA-U has it), semantic codes alone, both, and pixel codes alone, under one LLM."""
     one, dual = (same_run(setting, name).part(setting) for name in "ad")
@@ -82,19 +92,19 @@ def table4(setting: Setting) -> Result:
         "semantic and pixel codes": (look_part(setting, "both", dual), "DualToken (semantic + pixel)"),
         "pixel codes": (look_part(setting, "pixel", dual), None),
     }
-    parts, paper = [part for part, _ in cases.values()], paper_table("table4")
+    parts, paper, number = [part for part, _ in cases.values()], paper_table("table4"), setting.count(300, 300)
     train_parts(parts, setting)
     rows = [Row(name, understands(setting, part), paper.row(theirs).values if theirs else {})
             for name, (part, theirs) in cases.items()]  # fmt: skip
     rows.append(Row("SigLIP-L/16-256", {}, paper.row("SigLIP-L/16-256").values))
     _, semantic, both, _ = (row.measured for row in rows[:4])
-    gain = both["questions"] - semantic["questions"]
-    verdict = "more, as in the paper" if gain > 0 else "less, not as in the paper"
     said = [
-        f"With pixel codes beside the semantic ones the LLM answers {both['questions']:.1f} % of questions, without "
-        f"them {semantic['questions']:.1f} %: {abs(gain):.1f} points {verdict} (one seed).",
-        f"The commonest answer alone gives {both['commonest answer']:.1f} %.",
-    ]
+        "With pixel codes beside the semantic ones, and without them, the LLM answers so many questions: "
+        + verdict(both["questions"], semantic["questions"], 5 * number)
+        + f" The commonest answer alone gives {both['commonest answer']:.1f} %.",
+        *(f"Captions, {name}: " + verdict(both[f"caption: {name}"], semantic[f"caption: {name}"], number)
+          for name in ("color and shape of the main object", "background")),
+    ]  # fmt: skip
     return Result(rows, said, parts=minutes(parts, setting))
 
 
@@ -143,10 +153,9 @@ def table5(setting: Setting) -> Result:
     rows += [Row(row.name, {}, row.values) for row in paper_table("table5b").rows]
     rows += [Row(row.name, {}, row.values) for row in paper_table("table5a").rows if row.ours]
     both, pixel = (row.measured["overall"] for row in rows[:2])
-    verdict = "as in the paper" if both > pixel else "not as in the paper"
     said = [
-        f"Judged by rule, {both:.1f} % of the prompts are drawn right with both codes, {pixel:.1f} % with pixel codes "
-        f"alone (one seed): {verdict}.",
+        "Judged by rule, so many prompts are drawn right with both codes, and with pixel codes alone: "
+        + verdict(both, pixel, len(prompts)),
         "'no' and 'all of them' never occur in training: negate and universal ask for words the model does not know.",
     ]
     return Result(rows, said, parts=minutes(list(parts.values()), setting))
@@ -199,12 +208,16 @@ def table2(setting: Setting) -> Result:
         parts.append(look_part(setting, input, variant.part(setting)))
         train_parts(parts[-1:], setting)
         rows.append(Row(name, understands(setting, parts[-1]), paper.row(theirs).values))
-    meaning, *others = (row.measured["questions"] for row in rows)
-    verdict = "as in the paper, far more" if meaning > max(others) + 5 else "not clearly more, unlike the paper"
-    said = [
-        f"Through the encoder trained for meaning the LLM answers {meaning:.1f} % of questions, through the others "
-        f"{others[0]:.1f} and {others[1]:.1f} % (one seed): {verdict}."
-    ]
+    said, number = [], setting.count(300, 300)
+    for other in rows[1:]:
+        both = rows[0].measured, other.measured
+        said += [
+            f"{what}, {rows[0].name} and {other.name}: " + verdict(*(side[key] for side in both), total)
+            for what, key, total in (
+                ("Questions", "questions", 5 * number),
+                ("Captions, color and shape", "caption: color and shape of the main object", number),
+            )
+        ]
     return Result(rows, said, parts=minutes(parts, setting))
 
 
