@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dualtoken.cli import COMMANDS, RECIPES, Command
+from dualtoken.cli import COMMANDS, RECIPES, Command, main
 from dualtoken.data.scenes import scene
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,18 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     names = {}
     for block in fenced(page, "python"):
         exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_commands_with_the_bundled_model_run_one_after_the_other(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(scene(0, "test").render(64)).save("my.png")
+    blocks = fenced(ROOT / name, "") + fenced(ROOT / name, "console")
+    (block,) = [block for block in blocks if "dualtoken draw" in block and "dualtoken edit" in block]
+    for line in block.splitlines():
+        _, *words = shlex.split(line, comments=True)
+        if words != ["chat", "--image", "my.png"]:  # a conversation
+            assert main(words) == 0, line
 
 
 def commands():
