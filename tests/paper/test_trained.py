@@ -6,6 +6,7 @@ import pytest
 
 from dualtoken.cli import main
 from dualtoken.paper import ablations, table3, trained
+from dualtoken.paper.ablations import layer_findings
 from dualtoken.paper.experiment import Setting
 from dualtoken.paper.table3 import CASES
 from dualtoken.paper.trained import Part, identity, merge
@@ -68,6 +69,35 @@ def test_table3_and_table10_run_through_and_share_what_they_train(tmp_path, few,
     assert len(ran) == len(CASES)  # all was there
     assert main(["reproduce", "table10", "--out", str(tmp_path), *TINY]) == 0
     assert len(ran) == len(CASES) + 2  # RVQ is row (d)
+
+
+@pytest.mark.slow
+def test_tables_7_to_9_share_an_encoder_and_its_layers(tmp_path, few):
+    found = {}
+    for id in ("table7", "table8", "table9"):
+        assert main(["reproduce", id, "--out", str(tmp_path), "--budget", "0.1", "--pictures", "12"]) == 0
+        found[id] = json.loads((tmp_path / f"{id}.json").read_text())
+    names = [row["name"] for row in found["table7"]["rows"] if row["measured"]]
+    assert names == [
+        "mini 2/6", "mini 3/6", "mini 4/6", "mini, continuous encoder",
+        "mini-12 3/12", "mini-12 6/12", "mini-12 9/12", "mini-12, continuous encoder",
+    ]  # fmt: skip
+    assert found["table7"]["rows"][0]["measured"] == found["table8"]["rows"][0]["measured"]
+    assert found["table7"]["parts"] == found["table8"]["parts"] and len(found["table7"]["parts"]) == 7
+    assert len(list((tmp_path / "parts").iterdir())) == 1 + 6 + 3  # Table 9 trains layers 1, 2/12 and 4/12 beside
+
+
+@pytest.mark.parametrize(
+    ("deepest", "word"), [(19.0, "1.00 dB less, as in the paper"), (20.5, "within the spread"), (22.0, "against")]
+)
+def test_a_layer_is_better_when_it_is_so_beyond_the_seeds(deepest, word):
+    found = {
+        2: {"psnr": 20.0, "psnr sd": 0.3, "zero_shot": 50.0},
+        4: {"psnr": deepest, "psnr sd": 0.4, "zero_shot": 50.0},
+    }
+    said = layer_findings("table7", "mini", found)
+    assert word in said[0] and "layer 2 20.00 ± 0.30" in said[0] and "within the spread" in said[1]
+    assert f"between neighbors {abs(deepest - 20):.2f} dB" in layer_findings("table9", "mini", found)[0]
 
 
 def test_a_stopped_part_goes_on(tmp_path, monkeypatch):
