@@ -4,6 +4,8 @@ Trained as the recipes mini-look and mini-draw say, from random weights, with eq
 is compared differs. The bundled tokenizer and, for Table 12, the bundled multimodal model are used as they are.
 """
 
+from textwrap import fill
+
 import numpy as np
 import torch
 import yaml
@@ -183,7 +185,7 @@ def figure5(setting: Setting) -> Result:
         pictures = draws(setting, str(part.model(setting)), prompts)
         grids[name] = _stack(pictures)
         rows.append(Row(name, by_kind(prompts, pictures)))
-    titles = [prompt.text.removeprefix("draw ").replace(" on a ", "\non a ") for prompt in prompts]
+    titles = [fill(prompt.text.removeprefix("draw "), 20) for prompt in prompts]
     draw_rows(setting.out / "fig5.png", list(grids.values()), list(grids), titles)
     shares = (f"{row.name} {row.measured['overall']:.0f} %" for row in rows)
     said = [f"Right by rule: {', '.join(shares)}."]
