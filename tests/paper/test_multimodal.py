@@ -51,7 +51,8 @@ def test_shares_are_by_kind():
     ("ours", "other", "word"), [(60, 50, "as in"), (50, 60, "against"), (52, 50, "beyond chance"), (0, 0, "chance")]
 )
 def test_a_difference_counts_from_two_standard_errors(ours, other, word):
-    assert word in verdict(ours, other, 300)  # one standard error of a share of one half is 2.9 points
+    said = verdict(ours, other, 300)  # one standard error of a share of one half is 2.9 points
+    assert word in said and "paper" not in verdict(ours, other, 300, claimed=False)
 
 
 def test_frechet_distance_of_equal_and_of_shifted_sets():

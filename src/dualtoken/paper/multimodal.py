@@ -76,12 +76,17 @@ def understands(setting: Setting, part: Part) -> Numbers:
     return remembered(part.folder(setting) / f"understands-{number}.json", ask)
 
 
-def verdict(ours: float, other: float, number: int) -> str:
-    """Two shares in percent, each of `number`, and what their difference says for a paper that has ours above."""
+def verdict(ours: float, other: float, number: int, claimed: bool = True) -> str:
+    """Two shares in percent, each of `number`, and what their difference says.
+
+    claimed: the paper has ours above the other, so it is said whether that is so here.
+    """
     error = (sum(share * (100 - share) for share in (ours, other)) / number) ** 0.5
     word = "no difference beyond chance"
     if abs(ours - other) > CHANCE * error:
-        word = "as in the paper" if ours > other else "against the paper"
+        higher = ours > other
+        word = f"{'more' if higher else 'less'} beyond chance"
+        word += f", {'as in' if higher else 'against'} the paper" if claimed else ""
     return f"{ours:.1f} % and {other:.1f} % of {number}, {word} (one seed)."
 
 
@@ -104,7 +109,7 @@ def table4(setting: Setting) -> Result:
         "With pixel codes beside the semantic ones, and without them, the LLM answers so many questions: "
         + verdict(both["questions"], semantic["questions"], 5 * number)
         + f" The commonest answer alone gives {both['commonest answer']:.1f} %.",
-        *(f"Captions, {name}: " + verdict(both[f"caption: {name}"], semantic[f"caption: {name}"], number)
+        *(f"Captions, {name}: " + verdict(both[f"caption: {name}"], semantic[f"caption: {name}"], number, False)
           for name in ("color and shape of the main object", "background")),
     ]  # fmt: skip
     return Result(rows, said, parts=minutes(parts, setting))
@@ -213,13 +218,12 @@ def table2(setting: Setting) -> Result:
     said, number = [], setting.count(300, 300)
     for other in rows[1:]:
         both = rows[0].measured, other.measured
-        said += [
-            f"{what}, {rows[0].name} and {other.name}: " + verdict(*(side[key] for side in both), total)
-            for what, key, total in (
-                ("Questions", "questions", 5 * number),
-                ("Captions, color and shape", "caption: color and shape of the main object", number),
-            )
-        ]
+        for what, key, total in (
+            ("Questions", "questions", 5 * number),
+            ("Captions, color and shape", "caption: color and shape of the main object", number),
+        ):
+            found = verdict(*(side[key] for side in both), total, claimed=key == "questions")
+            said.append(f"{what}, {rows[0].name} and {other.name}: {found}")
     return Result(rows, said, parts=minutes(parts, setting))
 
 
