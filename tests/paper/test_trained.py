@@ -71,6 +71,21 @@ def test_table3_and_table10_run_through_and_share_what_they_train(tmp_path, few,
     assert len(ran) == len(CASES) + 2  # RVQ is row (d)
 
 
+@pytest.mark.parametrize(("spread", "words"), [(0.1, ("Shown", "The reverse")), (2.0, ("Not decided", "Not decided"))])
+def test_findings_of_table3_are_decided_by_the_spread_of_the_seeds(spread, words):
+    psnr = {"a": 20.0, "b": 21.0, "c": 23.0, "d": 22.0}
+    found = {
+        (name, weight): {"psnr": psnr.get(name, 20.5), "psnr sd": spread, "text_to_image": 50.0}
+        for name in CASES for weight in table3.WEIGHTS
+    }  # fmt: skip
+    said = table3.findings(found, {"text_to_image": 60.0})
+    for word, claim in ((words[0], "suffers"), (words[0], "than one"), (words[1], "than reconstruction")):
+        (sentence,) = [text for text in said if claim in text]
+        assert sentence.startswith(f"{word}: ")
+    assert any("25 % come with separate codebooks" in text for text in said) == (words[0] == "Shown")
+    assert any("of the 4 points of '(a) one codebook, deep', 4 are beaten" in text for text in said)
+
+
 @pytest.mark.slow
 def test_tables_7_to_9_share_an_encoder_and_its_layers(tmp_path, few):
     found = {}

@@ -114,7 +114,7 @@ def findings(found: dict[tuple[str, float], Numbers], teacher: Numbers) -> list[
     said.append(_against("a", "d", at, "two codebooks at two layers come back better than one"))
     said.append(_against("c", "d", at, "semantics beside it make reconstruction better than reconstruction alone"))
     gain = at["d"]["psnr"] - at["a"]["psnr"]
-    if gain > 0:
+    if gain > _spread(at["a"], at["d"]):
         share = (at["two"]["psnr"] - at["a"]["psnr"]) / gain
         said.append(
             f"Of the {gain:.2f} dB between (a) and (d), {100 * share:.0f} % come with separate codebooks at one layer, "
@@ -134,13 +134,17 @@ def findings(found: dict[tuple[str, float], Numbers], teacher: Numbers) -> list[
 def _against(first: str, second: str, at: dict[str, Numbers], claim: str) -> str:
     """One comparison of PSNR between two rows: is the second better, and by more than the seeds differ?"""
     low, high = at[first], at[second]
-    change = high["psnr"] - low["psnr"]
-    spread = (low.get("psnr sd") or 0.0) + (high.get("psnr sd") or 0.0)
-    verdict = "shown" if change > spread else "not shown" if change < -spread else "within the spread of the seeds"
+    change, spread = high["psnr"] - low["psnr"], _spread(low, high)
+    verdict = "Shown" if change > spread else "The reverse" if change < -spread else "Not decided"
     return (
-        f"'{claim}' is {verdict} by the miniature: '{CASES[second].label}' {high['psnr']:.2f} dB, "
-        f"'{CASES[first].label}' {low['psnr']:.2f} dB (spreads together {spread:.2f})."
+        f"{verdict}: {claim}. '{CASES[second].label}' {high['psnr']:.2f} dB, '{CASES[first].label}' "
+        f"{low['psnr']:.2f} dB, spreads over the seeds together {spread:.2f}."
     )
+
+
+def _spread(first: Numbers, second: Numbers) -> float:
+    """Standard deviations of PSNR over the seeds, added."""
+    return (first.get("psnr sd") or 0.0) + (second.get("psnr sd") or 0.0)
 
 
 def _dominates(one: Numbers, other: Numbers) -> bool:
