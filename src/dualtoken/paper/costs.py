@@ -72,7 +72,6 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@torch.no_grad()
 def figure6(setting: Setting) -> Result:
     """Shallow and deep layer of one encoder, and two separate encoders, each pair as points of one UMAP."""
     from dualtoken.analysis.feature_space import Clouds, embed, overlap
@@ -86,8 +85,9 @@ def figure6(setting: Setting) -> Result:
     source = open_source(DataConfig(setting.source), one.image_size, "test", "--data")
     for batch in read_in_order(source, count, BATCH, []):
         images = to_float(batch.images.to(device()))
-        (deep,) = two.backbone.taps(images, (two.backbone.semantic_layer,))
-        pairs = one.backbone.taps(images, layers), (two.pixel_encoder(images), deep)
+        with torch.no_grad():
+            (deep,) = two.backbone.taps(images, (two.backbone.semantic_layer,))
+            pairs = one.backbone.taps(images, layers), (two.pixel_encoder(images), deep)
         for cloud, pair in zip(clouds.values(), pairs, strict=True):
             cloud.add(*pair)
     rows, panels = [], {}
