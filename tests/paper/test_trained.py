@@ -44,7 +44,7 @@ def test_variants_say_what_learns_and_what_counts(tmp_path):
     assert made["meaning"]["losses"]["mse"] == 0 and "decoder" not in made["meaning"]["phases"][1]["trains"]
     assert "backbone" not in made["initial"]["phases"][1]["trains"] and "backbone" in made["a"]["phases"][1]["trains"]
     assert [made[n]["semantic"]["joined"] for n in ("a", "shallow", "two", "d")] == [True, True, False, False]
-    assert all(sum(p["steps"] for p in changes["phases"]) == 160 for changes in made.values())
+    assert all(sum(p["steps"] for p in changes["phases"]) == 280 for changes in made.values())
 
 
 @pytest.mark.slow

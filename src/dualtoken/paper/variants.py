@@ -1,7 +1,7 @@
 """Tokenizers that differ in one thing, as parts to train: layers, codebooks, objectives, quantizer, encoder, seed.
 
 The miniature: 48 px, 36 positions, D = 4, K = 256, code width 16, a small decoder, no perceptual or adversarial loss,
-160 steps of 16 pictures on the bundled encoder. All rows of a table have the same budget. At full scale the shape is
+280 steps of 8 pictures on the bundled encoder. All rows of a table have the same budget. At full scale the shape is
 the recipe that fits `--encoder`, with the recipe's losses and the paper's 100000 steps.
 """
 
@@ -17,7 +17,8 @@ from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
 from dualtoken.tokenizer.initial import load_backbone
 from dualtoken.tokenizer.presets import RECIPES, fitting_shape
 
-STEPS, LONG, FULL = 160, 800, (2000, 98000)  # of tables that compare tokenizers; of those that need good ones; full
+STEPS, LONG, FULL = 280, 1400, (2000, 98000)  # of tables that compare tokenizers; of those that need good ones; full
+RATE = 2e-3  # the best of 0.8e-3 to 5e-3 for row (c) of Table 3, reconstruction alone (LOG.md)
 SIZES = {"codebook_size": 256, "code_dim": 16, "depth": 4}
 DECODER = {"channels": 16, "multipliers": [1, 1, 2, 4], "blocks": 1, "z_channels": 64}
 OWN = {"channels": 16, "multipliers": [1, 1, 2, 4], "blocks": 1, "attention": 1}
@@ -104,14 +105,14 @@ class Variant:
         warm = steps // 10
         quantizer = SIZES | {"kind": self.quantizer}
         changes: dict[str, Any] = {
-            "data": {"source": setting.source, "batch_size": 16},
+            "data": {"source": setting.source, "batch_size": 8},
             "backbone": {"name": "", "pixel_layer": self.pixel_layer, "semantic_layer": self.semantic_layer},
             "pixel": {"quantizer": quantizer},
             "semantic": {"quantizer": quantizer, "joined": self.joined},
             "decoder": DECODER,
             "losses": {"perceptual": 0.0} | self._losses(FEATURES, POOLED),
             "phases": self._phases(warm, steps - warm),
-            "optim": {"warmup": warm},
+            "optim": {"lr": RATE, "warmup": warm},
             "dtype": "float32",
             "loop": {"save_every": 200, "eval_every": 0, "log_every": 20, "tracker": "none"},
         }
