@@ -69,6 +69,13 @@ def test_mistakes_are_one_line_before_any_work(arguments, words, tmp_path, capsy
     assert re.search(words, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
+def test_a_missing_package_is_said_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dualtoken.paper.experiment.find_spec", lambda name: None)
+    for id in ("fig6", "all"):
+        assert main(["reproduce", id, "--out", str(tmp_path / "out")]) == 2
+        assert "fig6 needs the extra `umap`" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_list_says_what_each_needs(capsys):
     assert main(["reproduce", "list"]) == 0
     told = capsys.readouterr().out

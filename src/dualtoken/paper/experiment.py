@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,6 +104,7 @@ class Experiment:
         needs: what full scale needs: "data" and/or "weights" and/or "encoder".
         wants: which data and weights these are in the paper; without `full`, how full scale is measured instead.
         full: whether this command makes it at full scale.
+        package: that it imports beside the usual ones; an extra of the same name installs it.
     """
 
     title: str
@@ -112,15 +114,21 @@ class Experiment:
     needs: tuple[str, ...]
     wants: str
     full: bool = True
+    package: str | None = None
 
     def check(self, id: str, setting: Setting) -> None:
-        """Raise UserError where full scale lacks something."""
+        """Raise UserError where full scale lacks something, or the installation a package."""
         if setting.scale == "full" and not self.full:
             raise UserError(f"reproduce {id} is made in miniature only; at full scale: {self.wants}")
         missing = [name for name in self.needs if getattr(setting, name) is None]
         if setting.scale == "full" and missing:
             options = ", ".join(f"--{name}" for name in missing)
             raise UserError(f"reproduce {id} --scale full needs {options}: {self.wants}")
+        if self.package is not None and find_spec(self.package) is None:
+            raise UserError(
+                f"{id} needs the extra `{self.package}`: pip install 'dualtoken[{self.package}]', "
+                f"or in a checkout uv run --extra {self.package} dualtoken reproduce"
+            )
 
 
 def run(id: str, experiment: Experiment, setting: Setting) -> Path:
