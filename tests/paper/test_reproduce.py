@@ -32,7 +32,9 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
 
     def make(setting):
         made.append(setting)
-        return Result([Row("ours", {"psnr": 20.5}), Row("theirs", {}, {"psnr": 27.12})], ["a finding"])
+        return Result(
+            [Row("ours", {"psnr": 20.5, "psnr sd": 0.613}), Row("theirs", {}, {"psnr": 27.12})], ["a finding"]
+        )
 
     monkeypatch.setattr(module, "EXPERIMENTS", {"table1": Experiment("Tokenizers", "better", make, 1, ("data",), "X")})
     monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abc")
@@ -40,7 +42,7 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
     assert main(arguments) == 0
     lines = (tmp_path / "table1.md").read_text().splitlines()
     assert "|  | psnr (miniature) | psnr (paper) |" in lines
-    assert "| ours | 20.5 | - |" in lines and "| theirs | - | 27.12 |" in lines and "- a finding" in lines
+    assert "| ours | 20.5 ± 0.61 | - |" in lines and "| theirs | - | 27.12 |" in lines and "- a finding" in lines
     assert main(arguments) == 0 and len(made) == 1  # it was done
     assert main([*arguments, "--seed", "1"]) == 0 and len(made) == 2
     assert main([*arguments, "--seed", "1", "--again", "true"]) == 0 and len(made) == 3
@@ -50,7 +52,7 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
     assert main(["reproduce", "all", "--out", str(tmp_path)]) == 0
     assert "table1.md" in (tmp_path / "index.md").read_text()
     page = (tmp_path / "index.html").read_text()
-    assert "a finding" in page and "psnr (paper)" in page and "27.12" in page
+    assert "a finding" in page and "psnr (paper)" in page and "27.12" in page and "20.5 ± 0.61" in page
 
 
 @pytest.mark.parametrize(

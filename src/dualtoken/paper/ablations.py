@@ -8,7 +8,7 @@ Tables 7 and 8 have the same miniature rows.
 from dataclasses import replace
 from functools import partial
 
-from dualtoken.paper.experiment import Result, Row, Setting
+from dualtoken.paper.experiment import SPREAD, Result, Row, Setting
 from dualtoken.paper.measure import Judge, over_seeds
 from dualtoken.paper.numbers import paper_table
 from dualtoken.paper.table3 import same_run
@@ -79,7 +79,7 @@ def layer_findings(id: str, name: str, found: dict[int, dict[str, float | None]]
     layers, said = sorted(found), []
     for key, unit in (("psnr", "dB"), ("zero_shot", "points of zero-shot accuracy")):
         values = [found[layer][key] for layer in layers]
-        spreads = [found[layer].get(f"{key} sd") or 0.0 for layer in layers]
+        spreads = [found[layer].get(key + SPREAD) or 0.0 for layer in layers]
         listed = ", ".join(
             f"layer {layer} {value:.2f} ± {sd:.2f}" for layer, value, sd in zip(layers, values, spreads, strict=True)
         )
@@ -117,7 +117,7 @@ def table10(setting: Setting) -> Result:
     said = []
     for key, unit in (("psnr", "dB"), ("zero_shot", "% zero-shot")):
         rvq, mcq = (means[f"two vocabularies, {kind}"] for kind in ("RVQ", "MCQ"))
-        spread = (rvq.get(f"{key} sd") or 0.0) + (mcq.get(f"{key} sd") or 0.0)
+        spread = (rvq.get(key + SPREAD) or 0.0) + (mcq.get(key + SPREAD) or 0.0)
         change = mcq[key] - rvq[key]
         verdict = "better" if change > spread else "worse" if change < -spread else "the same within the seeds' spread"
         said.append(f"MCQ {mcq[key]:.2f} {unit}, RVQ {rvq[key]:.2f}: {verdict} (the paper: better).")

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from dualtoken.core.errors import UserError
 from dualtoken.eval.report import cell, write_json
 
 Scale = Literal["mini", "full"]
+SPREAD = " sd"  # ends the name of a standard deviation over seeds, which stands beside its measure
 BUDGET = 30.0  # minutes of a table for which the steps of the miniatures are meant
 
 
@@ -137,39 +138,51 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
     setting.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     result = experiment.make(setting)
-    head = {
+    found = {
         "id": id, "title": experiment.title, "claim": experiment.claim, "scale": setting.scale,
         "model": setting.model, "data": setting.source, "seeds": result.seeds or [setting.seed], "commit": commit(),
         "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2), "budget": setting.budget,
-        "parts": result.parts,
+        "parts": result.parts, "findings": result.findings, "pictures": result.pictures,
+        "rows": [asdict(row) | {"scale": setting.scale} for row in result.rows],
     }  # fmt: skip
-    rows = [{"name": row.name, "measured": row.measured, "paper": row.paper, "scale": setting.scale}
-            for row in result.rows]  # fmt: skip
-    (setting.out / f"{id}.md").write_text(page(head, result))
+    (setting.out / f"{id}.md").write_text(page(found))
     place = setting.out / f"{id}.json"
-    write_json(place, head | {"rows": rows, "findings": result.findings, "pictures": result.pictures})
+    write_json(place, found)
     return place
 
 
-def page(head: dict[str, Any], result: Result) -> str:
-    """The result as Markdown."""
-    scale = "miniature" if head["scale"] == "mini" else "full scale"
-    measured = list(dict.fromkeys(key for row in result.rows for key in row.measured))
-    paper = list(dict.fromkeys(key for row in result.rows for key in row.paper))
-    names = ["", *(f"{key} ({scale})" for key in measured), *(f"{key} (paper)" for key in paper)]
-    lines = [f"# {head['title']}, {scale}", "", f"The paper: {head['claim']}", ""]
+def page(found: dict[str, Any]) -> str:
+    """What ID.json holds as Markdown."""
+    scale = "miniature" if found["scale"] == "mini" else "full scale"
+    columns = columns_of(found["rows"])
+    names = ["", *(f"{key} ({scale if side == 'measured' else side})" for side, key in columns)]
+    lines = [f"# {found['title']}, {scale}", "", f"The paper: {found['claim']}", ""]
     lines += [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    for row in result.rows:
-        cells = [row.name, *(cell(row.measured.get(k)) for k in measured), *(cell(row.paper.get(k)) for k in paper)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"- {finding}" for finding in result.findings), ""]
-    lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in result.pictures.items()]
-    told = f"Model {head['model']}, data {head['data']}, seeds {head['seeds']}, commit {head['commit'] or 'unknown'}"
-    if head["parts"]:
-        trained = f"{len(head['parts'])} trained parts, {sum(head['parts'].values()):.1f} minutes of training in all"
-        told += f", {trained} (budget {head['budget']:g})"
-    lines.append(f"{told}, {head['hardware']}, {head['minutes']} minutes: `dualtoken reproduce {head['id']}`.")
+    for row in found["rows"]:
+        lines.append(f"| {' | '.join([row['name'], *(shown(row[side], key) for side, key in columns)])} |")
+    lines += ["", *(f"- {finding}" for finding in found["findings"]), ""]
+    lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in found["pictures"].items()]
+    told = f"Model {found['model']}, data {found['data']}, seeds {found['seeds']}, "
+    told += f"commit {found['commit'] or 'unknown'}"
+    if found["parts"]:
+        trained = f"{len(found['parts'])} trained parts, {sum(found['parts'].values()):.1f} minutes of training in all"
+        told += f", {trained} (budget {found['budget']:g})"
+    lines.append(f"{told}, {found['hardware']}, {found['minutes']} minutes: `dualtoken reproduce {found['id']}`.")
     return "\n".join(lines) + "\n"
+
+
+def columns_of(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """("measured" or "paper", measure) of every column; a deviation has none of its own, see `shown`."""
+    return [
+        (side, key) for side in ("measured", "paper")
+        for key in dict.fromkeys(key for row in rows for key in row[side]) if not key.endswith(SPREAD)
+    ]  # fmt: skip
+
+
+def shown(values: dict[str, Any], key: str) -> str:
+    """A measure as text, over several seeds with its standard deviation: "14.49 ± 0.6"."""
+    spread = values.get(key + SPREAD)
+    return cell(values.get(key)) + (f" ± {spread:.2g}" if spread is not None else "")
 
 
 def finished(place: Path, setting: Setting) -> bool:

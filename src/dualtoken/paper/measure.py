@@ -18,7 +18,7 @@ from dualtoken.data.images import Batch, DataConfig, open_source, read_in_order
 from dualtoken.eval.commands import reconstruction, zero_shot
 from dualtoken.eval.reconstruction import evaluate_reconstruction
 from dualtoken.eval.zero_shot import Embed, accuracy, class_vectors, embed_texts, quantized_embed, retrieval
-from dualtoken.paper.experiment import Setting
+from dualtoken.paper.experiment import SPREAD, Setting
 from dualtoken.paper.trained import Part, remembered
 from dualtoken.tokenizer.presets import open_tokenizer
 from dualtoken.tokenizer.pretrained import open_image_text
@@ -125,5 +125,5 @@ def over_seeds(found: Sequence[dict[str, float | None]]) -> dict[str, float | No
         values = [one[name] for one in found if one[name] is not None]
         spread[name] = mean(values) if values else None
         if len(values) > 1:
-            spread[f"{name} sd"] = stdev(values)
+            spread[name + SPREAD] = stdev(values)
     return spread

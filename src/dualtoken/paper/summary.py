@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken.app.report import SCALES, Page
+from dualtoken.paper.experiment import columns_of, shown
 
 
 def write_summary(folder: Path, ids: Sequence[str]) -> Path:
@@ -29,11 +30,9 @@ def add_result(page: Page, folder: Path, result: dict[str, Any]) -> None:
     scale = SCALES[result["scale"]]
     page.heading(f"{result['id']}: {result['title']} ({scale})")
     page.text(f"The paper: {result['claim']}")
-    sides = ("measured", scale), ("paper", "paper")
-    columns = [(side, key, word) for side, word in sides
-               for key in dict.fromkeys(key for row in result["rows"] for key in row[side])]  # fmt: skip
-    header = ["", *(f"{key} ({word})" for _, key, word in columns)]
-    rows = [[row["name"], *(row[side].get(key) for side, key, _ in columns)] for row in result["rows"]]
+    columns = columns_of(result["rows"])
+    header = ["", *(f"{key} ({scale if side == 'measured' else side})" for side, key in columns)]
+    rows = [[row["name"], *(shown(row[side], key) for side, key in columns)] for row in result["rows"]]
     page.table(header, rows, [i for i, row in enumerate(result["rows"]) if not row["measured"]])
     for finding in result["findings"]:
         page.text(finding)

@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 from dualtoken.app.figures import draw_curves
-from dualtoken.paper.experiment import Result, Row, Setting
+from dualtoken.paper.experiment import SPREAD, Result, Row, Setting
 from dualtoken.paper.measure import Judge, over_seeds
 from dualtoken.paper.numbers import paper_table
 from dualtoken.paper.trained import Part, minutes, train_parts
@@ -144,7 +144,7 @@ def _against(first: str, second: str, at: dict[str, Numbers], claim: str) -> str
 
 def _spread(first: Numbers, second: Numbers) -> float:
     """Standard deviations of PSNR over the seeds, added."""
-    return (first.get("psnr sd") or 0.0) + (second.get("psnr sd") or 0.0)
+    return (first.get("psnr" + SPREAD) or 0.0) + (second.get("psnr" + SPREAD) or 0.0)
 
 
 def _dominates(one: Numbers, other: Numbers) -> bool:
