@@ -182,7 +182,7 @@ def columns_of(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def shown(values: dict[str, Any], key: str) -> str:
     """A measure as text, over several seeds with its standard deviation: "14.49 ± 0.6"."""
     spread = values.get(key + SPREAD)
-    return cell(values.get(key)) + (f" ± {spread:.2g}" if spread is not None else "")
+    return cell(values.get(key)) + (f" ± {float(f'{spread:.2g}'):g}" if spread is not None else "")
 
 
 def finished(place: Path, setting: Setting) -> bool:
