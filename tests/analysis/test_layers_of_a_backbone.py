@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualtoken.analysis.clusters import agreement, cluster, largest
+from dualtoken.analysis.clusters import StreamedClusters, agreement
 from dualtoken.analysis.layers import blocks, contrast, layer_similarity, pooled_layers
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_float
@@ -49,11 +49,10 @@ def test_clusters_agree_with_what_made_them():
     rng = torch.Generator().manual_seed(1)
     labels = torch.arange(60) % 4
     features = 10 * torch.eye(4)[labels] + torch.randn(60, 4, generator=rng)
-    assigned = cluster(features, 4, seed=0)
+    found = StreamedClusters(4)
+    found.learn(features)
+    found.finish()
+    assigned = found.assign(features)
     assert agreement(assigned, labels.tolist()) > 0.95
     shuffled = np.random.default_rng(0).permutation(labels.numpy())
     assert abs(agreement(assigned, shuffled.tolist())) < 0.2
-    groups = largest(assigned, 3, 5)
-    assert len(groups) == 3 and all(len(set(assigned[group])) == 1 and len(group) == 5 for group in groups)
-    with pytest.raises(UserError, match="61 clusters of 60 pictures"):
-        cluster(features, 61)

@@ -117,7 +117,7 @@ def test_clouds_are_drawn(tmp_path):
         (["layers", "--data", "nowhere"], "--data nowhere: no such file or folder"),
         (["layers", "--images", "0"], "--images 0: give at least 1"),
         (["layers", "--backbones", ","], "--backbones is empty"),
-        (["layers", "--backbones", "nowhere"], "nowhere"),
+        (["layers", "--backbones", "nowhere"], "--backbones nowhere"),
         (["clusters", "--layers", "2,9"], "--layers 2,9: give numbers from 1 to 6"),
         (["clusters", "--images", "4", "--clusters", "8"], "8 clusters of 4 pictures"),
         (["codebooks", "--model", "nowhere"], "--model nowhere: no such directory, and no preset"),

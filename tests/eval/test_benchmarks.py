@@ -87,6 +87,21 @@ def test_a_killed_run_goes_on_and_draws_the_same(assistant, tmp_path):
         draw(assistant, "geneval", prompts, tmp_path / "cut", samples=2, seed=4)
 
 
+def test_files_of_prompts_are_joined_and_other_prompts_refused(assistant, tmp_path):
+    listed = json.loads(FILES["wise"])
+    (tmp_path / "a.json").write_text(json.dumps(listed[:1]))
+    (tmp_path / "b.json").write_text(json.dumps(listed[1:]))
+    both = f"{tmp_path}/a.json,{tmp_path}/b.json"
+    assert draw(assistant, "wise", both, tmp_path / "out")["prompts"] == len(listed)
+    assert sorted(pictures(tmp_path / "out")) == PLACES["wise"]
+    listed[0]["Prompt"] += " again"
+    (tmp_path / "a.json").write_text(json.dumps(listed[:1]))
+    with pytest.raises(UserError, match="drawn with another prompts_hash"):
+        draw(assistant, "wise", both, tmp_path / "out")
+    with pytest.raises(UserError, match=r"--prompts .*c\.json: no such file"):
+        draw(assistant, "wise", f"{both},{tmp_path}/c.json", tmp_path / "out")
+
+
 def test_processes_share_the_prompts(assistant, tmp_path, monkeypatch):
     prompts = written(tmp_path, "wise")
     draw(assistant, "wise", prompts, tmp_path / "one")

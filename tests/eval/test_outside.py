@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import top_k_accuracy_score
 from torch.nn import functional as F
 
-from dualtoken.analysis.clusters import cluster
+from dualtoken.analysis.clusters import StreamedClusters
 from dualtoken.core.images import to_bytes, to_float
 from dualtoken.data.scenes import Scenes
 from dualtoken.eval.reconstruction import evaluate_reconstruction
@@ -96,7 +96,10 @@ def test_retrieval_equals_a_direct_computation():
 
 def test_inertia_of_clusters_equals_scikit_learn():
     features = torch.randn(300, 5, generator=torch.Generator().manual_seed(4))
-    assigned = cluster(features, 6)
+    found = StreamedClusters(6)
+    found.learn(features)
+    found.finish()
+    assigned = found.assign(features)
     parts = [features[assigned == one] for one in range(6)]
     inertia = sum(float((part - part.mean(0)).square().sum()) for part in parts)
     best = KMeans(6, n_init=20, random_state=9).fit(features.numpy()).inertia_

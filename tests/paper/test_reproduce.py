@@ -47,6 +47,8 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
     assert main([*arguments, "--seed", "1"]) == 0 and len(made) == 2
     assert main([*arguments, "--seed", "1", "--again", "true"]) == 0 and len(made) == 3
     assert finished(tmp_path / "table1.json", Setting(out=tmp_path, seed=1))
+    assert not finished(tmp_path / "table1.json", Setting(out=tmp_path, seed=1, pictures=9))
+    assert not finished(tmp_path / "table1.json", Setting(out=tmp_path, seed=1, encoder="other"))
     monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abd")
     assert not finished(tmp_path / "table1.json", Setting(out=tmp_path, seed=1))
     assert main(["reproduce", "all", "--out", str(tmp_path)]) == 0
@@ -61,6 +63,7 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
         (["fig33"], "did you mean fig3?"),
         (["tableau"], "there are|did you mean"),
         (["fig3", "--scale", "full"], "--scale full needs --data, --encoder"),
+        (["table3", "--scale", "full", "--data", "x", "--encoder", "y"], "needs --train_data: .*to train on"),
         (["table1", "--scale", "full", "--data", "x"], "needs --weights, --encoder"),
     ],
 )

@@ -40,6 +40,8 @@ def test_the_key_follows_what_is_learnt_and_nothing_else(tmp_path):
 def test_variants_say_what_learns_and_what_counts(tmp_path):
     setting, at = Setting(out=tmp_path), Taps(2, 5, 6)
     made = {name: case.variant(at, 0.3, 0).part(setting).changes for name, case in CASES.items()}
+    measured_on = Variant("x", 2, 5).part(Setting(out=tmp_path, data="photos"))
+    assert measured_on.changes["data"]["source"] == made["a"]["data"]["source"] == "scenes"
     assert made["b"]["losses"]["features"] == made["b"]["losses"]["pooled"] == 0 and "mse" not in made["b"]["losses"]
     assert made["meaning"]["losses"]["mse"] == 0 and "decoder" not in made["meaning"]["phases"][1]["trains"]
     assert "backbone" not in made["initial"]["phases"][1]["trains"] and "backbone" in made["a"]["phases"][1]["trains"]
@@ -107,11 +109,13 @@ def test_tables_7_to_9_share_an_encoder_and_its_layers(tmp_path, few):
 )
 def test_a_layer_is_better_when_it_is_so_beyond_the_seeds(deepest, word):
     found = {
-        2: {"psnr": 20.0, "psnr sd": 0.3, "zero_shot": 50.0},
-        4: {"psnr": deepest, "psnr sd": 0.4, "zero_shot": 50.0},
+        2: {"psnr": 20.0, "psnr sd": 0.3, "zero_shot": 50.0, "zero_shot sd": 1.0},
+        4: {"psnr": deepest, "psnr sd": 0.4, "zero_shot": 50.0, "zero_shot sd": 1.0},
     }
     said = layer_findings("table7", "mini", found)
     assert word in said[0] and "layer 2 20.00 ± 0.30" in said[0] and "within the spread" in said[1]
+    alone = {layer: {"psnr": 20.0 + layer, "zero_shot": 50.0} for layer in (2, 4)}  # one seed decides nothing
+    assert all("one seed" in one for one in layer_findings("table7", "mini", alone))
     assert f"between neighbors {abs(deepest - 20):.2f} dB" in layer_findings("table9", "mini", found)[0]
 
 

@@ -1,7 +1,7 @@
 """Which pictures a layer puts together: k-means of its features (paper Fig. 3 right, Fig. 8, appendix F.2).
 
-`cluster` takes features that are in memory. `StreamedClusters` and `Members` take them batch by batch, in two passes,
-and hold nothing that grows with the number of pictures.
+`StreamedClusters` and `Members` take features batch by batch, in two passes, and hold nothing that grows with the
+number of pictures.
 
 Shapes: M pictures, B pictures of a batch, C width, K clusters, L labels.
 """
@@ -22,15 +22,6 @@ from dualtoken.core.errors import UserError
 CHUNK = 4096  # features that a step of mini-batch k-means sees at least
 
 
-def cluster(features: Tensor, clusters: int, seed: int = 0) -> np.ndarray:
-    """Cluster of each picture, int [M], by k-means of features [M, C] averaged over the positions.
-
-    Raises UserError for more clusters than pictures.
-    """
-    _check(clusters, len(features))
-    return KMeans(clusters, n_init=4, random_state=seed).fit_predict(features.numpy())
-
-
 def _check(clusters: int, pictures: int) -> None:
     if not 1 <= clusters <= pictures:
         raise UserError(f"{clusters} clusters of {pictures} pictures: give at most one a picture")
@@ -39,7 +30,7 @@ def _check(clusters: int, pictures: int) -> None:
 class StreamedClusters:
     """k-means of features that come batch by batch: `learn` each, then `finish`, then `assign`.
 
-    Up to max(CHUNK, 10 clusters) features it is the k-means of `cluster`; of more, mini-batch k-means in steps of so
+    Up to max(CHUNK, 10 clusters) features it is plain k-means; of more, mini-batch k-means in steps of so
     many. Let the batches come in random order: each step should see what the whole is like.
     """
 
@@ -117,10 +108,3 @@ def table_agreement(table: np.ndarray) -> float:
     chance = expected_mutual_information(table, int(table.sum()))
     mean = (entropy(table.sum(0)) + entropy(table.sum(1))) / 2
     return float((mutual_info_score(None, None, contingency=table) - chance) / (mean - chance))
-
-
-def largest(assigned: np.ndarray, count: int, members: int) -> list[np.ndarray]:
-    """Numbers of up to `members` pictures of each of the `count` largest clusters that have so many."""
-    order = np.argsort(-np.bincount(assigned), kind="stable")
-    found = [np.flatnonzero(assigned == one) for one in order]
-    return [pictures[:members] for pictures in found if len(pictures) >= members][:count]

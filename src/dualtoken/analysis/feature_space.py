@@ -4,6 +4,7 @@ Shapes: B pictures of a batch, M points, N positions, C width.
 """
 
 import warnings
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -26,6 +27,12 @@ def alike(features: Tensor) -> Tensor:
     return F.layer_norm(features, features.shape[-1:])
 
 
+def check_umap() -> None:
+    """Raise UserError without umap-learn: best before the features are made."""
+    if find_spec("umap") is None:
+        raise UserError("the map of features needs the package umap-learn: pip install 'dualtoken[umap]'")
+
+
 def embed(features: Tensor, seed: int = 0) -> np.ndarray:
     """Points on a plane, float32 [M, 2], by UMAP of features [M, C].
 
@@ -33,10 +40,9 @@ def embed(features: Tensor, seed: int = 0) -> np.ndarray:
     """
     if len(features) <= NEIGHBORS:
         raise UserError(f"{len(features)} points: a map of them needs more than {NEIGHBORS}")
-    try:
-        import umap
-    except ImportError:
-        raise UserError("the map of features needs the package umap-learn: pip install 'dualtoken[umap]'") from None
+    check_umap()
+    import umap
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="n_jobs value")  # a seed means one thread, and that is wanted
         return umap.UMAP(n_neighbors=NEIGHBORS, random_state=seed).fit_transform(features.cpu().numpy())

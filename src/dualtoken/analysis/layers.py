@@ -58,7 +58,8 @@ def blocks(similarity: Tensor, parts: int = 3) -> list[tuple[int, int]]:
     """The split of L layers into so many runs whose inner similarity is highest: first and last layer, from 1.
 
     The paper reads its runs off the picture; here they maximise the mean similarity of pairs within a run, over all
-    runs. Raises UserError where there are fewer layers than runs.
+    runs. A layer and itself count as a pair, so layers without structure fall into runs of one length.
+    Raises UserError where there are fewer layers than runs.
     """
     layers = len(similarity)
     if not 1 <= parts <= layers:

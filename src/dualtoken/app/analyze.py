@@ -4,23 +4,22 @@ Pictures are looked at batch by batch in random order and let go of again. Each 
 was measured, and its pictures.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from dualtoken.analysis.clusters import Members, StreamedClusters
 from dualtoken.analysis.codebooks import CodebookStatistics
 from dualtoken.analysis.cost import Cost, mllm_costs, ratio, tokenizer_costs
-from dualtoken.analysis.feature_space import Clouds, embed, overlap
+from dualtoken.analysis.feature_space import Clouds, check_umap, embed, overlap
 from dualtoken.analysis.layers import blocks, contrast, pooled_layers, stream_similarity, suggested_pixel_layer
 from dualtoken.app.analysis_figures import draw_clouds, draw_depths, draw_similarities
 from dualtoken.app.figures import draw_clusters
-from dualtoken.app.look import Branches, Reading, backbone_of, device, kind_of, layers_of, tokenizer_of
+from dualtoken.app.look import Branches, Reading, backbone_of, device, kind_of, layers_of, small, tokenizer_of
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_float
 from dualtoken.eval.report import table, write_json
@@ -28,10 +27,11 @@ from dualtoken.mllm.config import DualTokenConfig
 from dualtoken.mllm.presets import SHAPES, open_mllm
 from dualtoken.tokenizer.presets import BUNDLED, meta_tokenizer, shapes
 
-SHOWN, MEMBERS, SIDE = 12, 8, 96  # clusters in a picture, pictures of each, their side in pixels
+SHOWN, MEMBERS = 12, 8  # clusters in a picture, pictures of each
 RULE = (
-    "The layers are split into {parts} runs so that the mean cosine of pairs within a run is highest; the suggested "
-    "pixel layer is the last of the first run, the shallow one."
+    "The layers are split into {parts} runs so that the mean cosine of pairs within a run, each layer with itself "
+    "included, is highest; the suggested pixel layer is the last of the first run, the shallow one. Layers without "
+    "structure give runs of one length: look at the cosines within and between runs."
 )
 
 
@@ -72,7 +72,8 @@ def layers(
         }  # fmt: skip
     print(table(("backbone", "layers", "runs", "pixel layer", "cosine within", "between runs"), rows))
     print(RULE.format(parts=runs))
-    draw_similarities(Path(output) / "layers.png", {_short(name): value for name, value in found.items()})
+    titles = _titles(found)
+    draw_similarities(Path(output) / "layers.png", {titles[name]: value for name, value in found.items()})
     return _written(output, "layers", {"rule": RULE.format(parts=runs), "backbones": result})
 
 
@@ -107,7 +108,7 @@ def clusters(
         one.finish()
     groups = [Members(clusters, len(reading.source.classes), MEMBERS) for _ in chosen]
     for batch in reading:
-        shown, pooled = _small(batch.images), pooled_layers(model, [batch.images], chosen)
+        shown, pooled = small(batch.images), pooled_layers(model, [batch.images], chosen)
         for one, group, features in zip(learnt, groups, pooled, strict=True):
             group.add(one.assign(features), batch.labels.tolist(), shown)
     rows, result = [], {}
@@ -147,6 +148,7 @@ def feature_space(
         seed: of the order of pictures and of the map.
         output: folder for feature_space.json and feature_space.png.
     """
+    check_umap()
     found, rows, result = {}, [], {}
     for name in _names(models, "--models"):
         listed = name.split("+")
@@ -162,11 +164,13 @@ def feature_space(
         points = embed(torch.cat([first, second]), seed)
         maps = points[: len(first)], points[len(first) :]
         numbers = {"overlap": overlap(first, second), "overlap_in_the_map": overlap(*maps)}
-        found[_short(name)] = (*maps, numbers["overlap_in_the_map"])
+        found[name] = (*maps, numbers["overlap_in_the_map"])
         rows.append((name, clouds.pictures, *numbers.values()))
         result[name] = numbers | readings[0].protocol
     print(table(("model", "pictures", "overlap", "in the map"), rows))
     print("Overlap: neighbours of the other kind over their share by chance; 0 apart, 1 as one cloud.")
+    titles = _titles(found)
+    found = {titles[name]: clouds for name, clouds in found.items()}
     draw_clouds(Path(output) / "feature_space.png", found, ("pixel features", "semantic features"))
     settings = {"width": width, "quantized": quantized, "normalize": normalize, "seed": seed}
     return _written(output, "feature_space", {"models": result, **settings})
@@ -274,17 +278,14 @@ def _names(listed: str, option: str) -> list[str]:
     return names
 
 
-def _short(name: str) -> str:
-    """The last part of a path, for a title."""
-    return "+".join(Path(one).name or one for one in name.split("+"))
-
-
-def _small(pictures: Tensor) -> Tensor:
-    """Pictures uint8 [B, 3, S, S] at SIDE px, if they are larger, to be held and shown."""
-    if pictures.shape[-1] <= SIDE:
-        return pictures
-    small = F.interpolate(pictures.float(), (SIDE, SIDE), mode="bilinear", antialias=True)
-    return small.round().clamp(0, 255).to(torch.uint8)
+def _titles(names: Iterable[str]) -> dict[str, str]:
+    """Names by the last parts of their paths, as many as tell them apart."""
+    listed = {name: [Path(one).parts for one in name.split("+")] for name in names}
+    for parts in range(1, max(len(path) for paths in listed.values() for path in paths) + 1):
+        found = {name: "+".join("/".join(path[-parts:]) for path in paths) for name, paths in listed.items()}
+        if len(set(found.values())) == len(found):
+            break
+    return found
 
 
 def _written(output: str, name: str, result: dict[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import FIT, to_float
 from dualtoken.data.images import Batch, DataConfig, Sample, Source, open_source, read_in_order
-from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
-from dualtoken.tokenizer.initial import load_backbone
+from dualtoken.tokenizer.backbone import Backbone
+from dualtoken.tokenizer.initial import open_backbone
 from dualtoken.tokenizer.presets import BUNDLED, open_tokenizer
 from dualtoken.tokenizer.tokenizer import DualTokenVisionConfig, DualTokenVisionTokenizer
+
+SIDE = 96  # pixels of pictures that are held to be shown
 
 
 class Shuffled:
@@ -42,11 +45,9 @@ class Reading:
     """
 
     def __init__(self, data: str, size: int, images: int, batch_size: int, seed: int):
-        for option, value in (("--images", images), ("--batch_size", batch_size)):
-            if value < 1:
-                raise UserError(f"{option} {value}: give at least 1")
-        self.data, self.size, self.most, self.batch_size, self.seed = data, size, images, batch_size, seed
+        self.data, self.size, self.batch_size, self.seed = data, size, batch_size, seed
         self.source = Shuffled(open_source(DataConfig(data), size, "test", "--data"), seed)
+        self.most = images if self.source.endless else min(images, len(self.source))
         self.used, self.skipped = 0, []
 
     def __iter__(self) -> Iterator[Batch]:
@@ -110,10 +111,15 @@ def backbone_of(model: str, option: str) -> Backbone:
     """The backbone of a tokenizer, or of any encoder (`tokenizer/pretrained.py`), in evaluation mode on its device."""
     if kind_of(model) == DualTokenVisionConfig.model_type:
         return tokenizer_of(model, option).backbone
-    shape, state = load_backbone(model, BackboneConfig(""))
-    backbone = Backbone(shape)
-    backbone.load_state_dict(state)
-    return backbone.eval().to(device())
+    return open_backbone(model, option)
+
+
+def small(pictures: Tensor) -> Tensor:
+    """Pictures uint8 [B, 3, S, S] at SIDE px, if they are larger, to be held and shown."""
+    if pictures.shape[-1] <= SIDE:
+        return pictures
+    small = F.interpolate(pictures.float(), (SIDE, SIDE), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8)
 
 
 def layers_of(listed: str | None, backbone: Backbone) -> tuple[int, ...]:

@@ -203,8 +203,12 @@ def read_in_order(
 
     Of a longer source they are spread evenly, so that a folder of classes gives some of each; where one cannot be used,
     those in between fill up.
-    Files that cannot be read are left out and named in `skipped`. Raises UserError where no picture is left.
+    Files that cannot be read are left out and named in `skipped`. Raises UserError where no picture is left, and for
+    numbers below 1.
     """
+    for option, value in (("--images", images), ("--batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{option} {value}: give at least 1")
     total = images if source.endless else min(images, len(source))
     indices: Iterator[int] = itertools.count()
     if not source.endless:

@@ -5,6 +5,7 @@ picture that is there is not drawn again, so the same command goes on where a ki
 `accelerate launch` share the prompts by number. Every picture depends on its prompt and the seed alone.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -145,7 +146,7 @@ def write_benchmark(
 
     Args:
         model: what to call the model in the record of the run.
-        prompts, output: the published file, and the folder to fill.
+        prompts, output: the published file, or several with commas between them, and the folder to fill.
         samples: pictures of each prompt; None = as published results have them.
         template: what the model is told, `{}` being the prompt.
     Raises UserError for a file that is not the benchmark's, a folder that was filled otherwise, or where nothing could
@@ -160,8 +161,9 @@ def write_benchmark(
         raise UserError(f"--samples {samples}: {benchmark} takes {'at least 1' if known.samples > 1 else '1'} a prompt")
     listed, folder, each = read_prompts(benchmark, prompts), Path(output), samples or known.samples
     settings = {
-        "benchmark": benchmark, "layout": known.source, "model": model, "prompts": len(listed), "samples": each,
-        "template": template, "seed": seed, "drawing": asdict(config),
+        "benchmark": benchmark, "layout": known.source, "model": model, "prompts": len(listed),
+        "prompts_hash": _digest(listed), "samples": each, "template": template, "seed": seed,
+        "drawing": asdict(config),
         "size": assistant.processor.image_processor.size, "saved": "as drawn, not resized; PNG, or JPEG of quality 95",
     }  # fmt: skip
     without = parse_flag_from_env("ACCELERATE_USE_CPU") or not accelerator.is_available()
@@ -190,22 +192,35 @@ def write_benchmark(
     return result
 
 
-def read_prompts(benchmark: str, path: str | None) -> list[Prompt]:
-    """The prompts of a published file. Raises UserError for no file, another file, and two pictures of one place."""
-    known = BENCHMARKS[benchmark]
+def read_prompts(benchmark: str, paths: str | None) -> list[Prompt]:
+    """The prompts of a published file, or of several with commas between them, in order.
+
+    Raises UserError for no file, another file, and two pictures of one place.
+    """
+    known, listed = BENCHMARKS[benchmark], []
     what = f"{benchmark} takes {known.prompts}, published at {known.published}"
-    if path is None or not Path(path).is_file():
-        raise UserError(f"--prompts {path}: no such file; {what}" if path else f"--prompts is missing: {what}")
-    try:
-        listed = list(known.read(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise UserError(f"--prompts {path}: not a file of {benchmark} ({said}); {what}") from None
-    if not listed:
-        raise UserError(f"--prompts {path}: holds no prompt; {what}")
+    if not paths:
+        raise UserError(f"--prompts is missing: {what}")
+    for path in [paths] if Path(paths).is_file() else paths.split(","):
+        if not Path(path).is_file():
+            raise UserError(f"--prompts {path}: no such file; {what}")
+        try:
+            found = list(known.read(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise UserError(f"--prompts {path}: not a file of {benchmark} ({said}); {what}") from None
+        if not found:
+            raise UserError(f"--prompts {path}: holds no prompt; {what}")
+        listed += found
     if len({prompt.name for prompt in listed}) < len(listed):
-        raise UserError(f"--prompts {path}: two prompts have one number; {what}")
+        raise UserError(f"--prompts {paths}: two prompts have one number; {what}")
     return listed
+
+
+def _digest(listed: list[Prompt]) -> str:
+    """12 hex digits over all prompts and what stands beside their pictures."""
+    content = json.dumps([asdict(prompt) for prompt in listed], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def _draw(

@@ -19,9 +19,8 @@ from dualtoken.eval.report import table, write_json
 from dualtoken.eval.scene_factors import FACTORS, SceneFactors
 from dualtoken.eval.zero_shot import accuracy, class_vectors, embed_texts, quantized_embed
 from dualtoken.eval.zero_shot import retrieval as retrieval_at_1
-from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
 from dualtoken.tokenizer.encoder import ImageTextEncoder, TextTokenizer
-from dualtoken.tokenizer.initial import load_backbone
+from dualtoken.tokenizer.initial import open_backbone
 from dualtoken.tokenizer.presets import BUNDLED, open_tokenizer
 from dualtoken.tokenizer.pretrained import open_image_text
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
@@ -117,7 +116,7 @@ def reconstruction(
     result = evaluate_reconstruction(
         tokenizer,
         (b.images for b in read_in_order(source, images, batch_size, skipped)),
-        _backbone(encoder) if encoder else None,
+        open_backbone(encoder) if encoder else None,
         LPIPS(lpips_net, lpips_weights).to(_device()) if lpips_weights else None,
         inception_weights,
     )
@@ -193,7 +192,7 @@ def retrieval(
     data: str = "scenes",
     captions: str | None = None,
     split_file: str | None = None,
-    images: int = 500,
+    images: int | None = None,
     batch_size: int = 50,
     output: str | None = None,
 ) -> dict[str, Any]:
@@ -208,7 +207,8 @@ def retrieval(
         captions: caption file of the pictures in folder `data`, several captions a picture: Flickr8k's captions.txt or
             Flickr8k.token.txt.
         split_file: names of the pictures to use, one a line, as Flickr_8k.testImages.txt (1000 of them).
-        images: how many, at most.
+        images: how many, at most; default: all pictures of a --captions file, 500 of other data (R@1 is the
+            higher the fewer there are).
         output: JSON file to write, with a page to read (.html) beside it.
     """
     opened = _open(model, encoder)
@@ -219,6 +219,8 @@ def retrieval(
         source = open_source(DataConfig(data), size, "test", "--data")
     else:
         source = CaptionedImages(data, captions, size, split_file)
+    if images is None:
+        images = 500 if captions is None else len(source)
     seen = opened.look(read_in_order(source, images, batch_size, skipped))
     if not any(seen.captions):
         raise UserError(f"--data {data}: no captions; put NAME.txt beside each picture NAME.jpg, or give --captions")
@@ -232,7 +234,9 @@ def retrieval(
     print(f"retrieval R@1 among {len(written)} pictures and {len(texts)} captions")
     print(table(("direction", "semantic codes", "continuous teacher"), [(n, *v.values()) for n, v in found.items()]))
     result = {"model": model, "data": data, "images": len(written), "captions": len(texts), **found}
-    score = "cosine among all; an image is right with any of its captions, equal captions are all right"
+    score = (
+        "cosine among all; an image is right with any of its captions; images whose captions are all equal count as one"
+    )
     result |= {"protocol": _protocol(size, len(written), score=score), "skipped": skipped}
     write_json(output, result)
     return result
@@ -250,14 +254,6 @@ def _encoder(model: str, encoder: str | None) -> str:
     if encoder is None and model not in BUNDLED:
         raise UserError(f"--encoder is needed with --model {model}: the image-text encoder it started from")
     return encoder or model
-
-
-def _backbone(encoder: str) -> Backbone:
-    """The image tower of an encoder, in evaluation mode."""
-    shape, state = load_backbone(encoder, BackboneConfig(""))
-    backbone = Backbone(shape)
-    backbone.load_state_dict(state)
-    return backbone.eval().to(_device())
 
 
 def _device() -> str:

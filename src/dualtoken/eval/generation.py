@@ -77,7 +77,7 @@ def generation(
         pictures: folder for sheets of the first pictures of each kind.
         benchmark: draw the prompts of a published benchmark in place of scenes, resumable, and shared by the processes
             of accelerate launch.
-        prompts: with --benchmark: its file of prompts.
+        prompts: with --benchmark: its file of prompts, or several with commas between them (WISE has three).
         samples: with --benchmark geneval: pictures of each prompt, 4 as published.
         template: with --benchmark: what the model is told, {} being the prompt, as "draw {}".
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.

@@ -81,8 +81,8 @@ class Answers:
             context, wanted, *rest = request.args  # where a context is empty, lmms-eval gives no pictures
             document = self.task_dict[rest[2]][rest[3]][rest[1]] if rest else None
             continuation = wanted(document) if callable(wanted) else wanted
-            pictures = _pictures(rest[0], document) if rest else []
             try:
+                pictures = _pictures(rest[0], document) if rest else []
                 found.append(self._loss([user(*parts_of(context, pictures))], str(continuation)))
             except UserError as error:
                 self.failed.append(str(error))

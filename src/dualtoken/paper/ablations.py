@@ -7,6 +7,7 @@ Tables 7 and 8 have the same miniature rows.
 
 from dataclasses import replace
 from functools import partial
+from math import ceil
 
 from dualtoken.paper.experiment import SPREAD, Result, Row, Setting
 from dualtoken.paper.measure import Judge, over_seeds
@@ -35,7 +36,7 @@ def deeper(setting: Setting) -> Part:
 def chosen_layers(id: str, at: Taps) -> list[int]:
     """Pixel layers that a table compares on a backbone: quarters of its depth, or neighbors of the first quarter."""
     if id in QUARTERS:
-        return [max(1, round(quarter * at.layers / 4)) for quarter in QUARTERS[id]]
+        return [ceil(quarter * at.layers / 4) for quarter in QUARTERS[id]]  # of 27 layers 7, 14, 21, as Table 8 has it
     return [layer for layer in (at.shallow + step for step in NEAR) if 1 <= layer <= at.deep]
 
 
@@ -87,8 +88,8 @@ def layer_findings(id: str, name: str, found: dict[int, dict[str, float | None]]
             said.append(f"{name}: between neighbors {max(values) - min(values):.2f} {unit} ({listed}).")
             continue
         fall, spread = values[0] - values[-1], spreads[0] + spreads[-1]
-        verdict = "within the spread of the seeds"
-        if abs(fall) > spread:
+        verdict = "within the spread of the seeds" if spread else "one seed"
+        if abs(fall) > spread > 0:
             verdict = "as in the paper" if fall > 0 else "against the paper"
         way = "less" if fall > 0 else "more"
         said.append(f"{name}: the deepest of the layers gives {abs(fall):.2f} {unit} {way}, {verdict} ({listed}).")
@@ -119,6 +120,8 @@ def table10(setting: Setting) -> Result:
         rvq, mcq = (means[f"two vocabularies, {kind}"] for kind in ("RVQ", "MCQ"))
         spread = (rvq.get(key + SPREAD) or 0.0) + (mcq.get(key + SPREAD) or 0.0)
         change = mcq[key] - rvq[key]
-        verdict = "better" if change > spread else "worse" if change < -spread else "the same within the seeds' spread"
+        verdict = "the same within the seeds' spread" if spread else "one seed"
+        if abs(change) > spread > 0:
+            verdict = "better" if change > 0 else "worse"
         said.append(f"MCQ {mcq[key]:.2f} {unit}, RVQ {rvq[key]:.2f}: {verdict} (the paper: better).")
     return Result(rows, said, parts=minutes(trained, setting), seeds=seeds)

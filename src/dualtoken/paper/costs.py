@@ -37,7 +37,7 @@ def table11(setting: Setting) -> Result:
             seconds = drawing[token].seconds if token in drawing else None
             values = (step[token].memory / 2**20, seconds, forward[token].flops / 1e9)
             measured = {key: value for key, value in zip(MEASURES, values, strict=True) if value is not None}
-            printed = paper.row(f"{token} token").values if built is model else {}
+            printed = paper.row(f"{token} token").values if built is not model else {}
             rows.append(Row(f"{name}: {token} token", measured, printed))
         times = {"memory": ratio(step, "memory"), "GFLOPs": ratio(forward, "flops")}
         if drawing:
@@ -83,7 +83,7 @@ def figure6(setting: Setting) -> Result:
     layers = (one.backbone.pixel_layer, one.backbone.semantic_layer)
     clouds = {"one encoder: shallow and deep layer": Clouds(count, WIDTH), "two encoders": Clouds(count, WIDTH)}
     source = open_source(DataConfig(setting.source), one.image_size, "test", "--data")
-    for batch in read_in_order(source, count, BATCH, []):
+    for batch in read_in_order(source, count, BATCH, setting.skipped):
         images = to_float(batch.images.to(device()))
         with torch.no_grad():
             (deep,) = two.backbone.taps(images, (two.backbone.semantic_layer,))

@@ -28,18 +28,21 @@ class Setting:
     """What an experiment is made with.
 
     Args:
-        data: pictures: a folder or shards; None = unseen scenes (mini only).
+        data: pictures that are measured on: a folder or shards; None = unseen scenes (mini only).
+        train_data: other pictures, to train on; None = scenes (mini only).
         weights: what is measured (see `needs` of the experiment); None = the bundled miniature (mini only).
         encoder: the image-text encoder that a tokenizer started from.
         pictures: how many pictures at most; None = the experiment's own number.
         budget: minutes of a table; trains every part for `budget / BUDGET` of its steps (mini only).
         parts: folder of trained parts; None = in `out`.
         inception: torch-fidelity's Inception weights, for rFID.
+        skipped: pictures that could not be read; filled while the experiment runs.
     """
 
     scale: Scale = "mini"
     out: Path = Path("reproduced")
     data: str | None = None
+    train_data: str | None = None
     weights: str | None = None
     encoder: str | None = None
     pictures: int | None = None
@@ -47,10 +50,25 @@ class Setting:
     budget: float = BUDGET
     parts: Path | None = None
     inception: str | None = None
+    skipped: list[str] = field(default_factory=list)
 
     @property
     def source(self) -> str:
+        """Pictures that are measured on."""
         return self.data or "scenes"
+
+    @property
+    def train_source(self) -> str:
+        """Pictures that are trained on, never those that are measured on."""
+        return self.train_data or "scenes"
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All that a result depends on but the seed and the code, as ID.json has it."""
+        return {
+            "scale": self.scale, "model": self.model, "data": self.source, "train_data": self.train_source,
+            "encoder": self.encoder, "at_most": self.pictures, "inception": self.inception, "budget": self.budget,
+        }  # fmt: skip
 
     @property
     def model(self) -> str:
@@ -102,7 +120,7 @@ class Experiment:
         claim: what the paper says of it, in our words.
         make: does the work; pictures are written into `Setting.out`.
         minutes: of the miniature on two cores, about.
-        needs: what full scale needs: "data" and/or "weights" and/or "encoder".
+        needs: what full scale needs: "data", "train_data", "weights", "encoder", or some of them.
         wants: which data and weights these are in the paper; without `full`, how full scale is measured instead.
         full: whether this command makes it at full scale.
         package: that it imports beside the usual ones; an extra of the same name installs it.
@@ -137,12 +155,13 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
     experiment.check(id, setting)
     setting.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
+    setting.skipped.clear()
     result = experiment.make(setting)
     found = {
-        "id": id, "title": experiment.title, "claim": experiment.claim, "scale": setting.scale,
-        "model": setting.model, "data": setting.source, "seeds": result.seeds or [setting.seed], "commit": commit(),
-        "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2), "budget": setting.budget,
-        "parts": result.parts, "findings": result.findings, "pictures": result.pictures,
+        "id": id, "title": experiment.title, "claim": experiment.claim, **setting.asked,
+        "seeds": result.seeds or [setting.seed], "commit": commit(), "hardware": hardware(),
+        "minutes": round((time.time() - start) / 60, 2), "parts": result.parts, "findings": result.findings,
+        "pictures": result.pictures, "skipped": sorted(set(setting.skipped)),
         "rows": [asdict(row) | {"scale": setting.scale} for row in result.rows],
     }  # fmt: skip
     (setting.out / f"{id}.md").write_text(page(found))
@@ -162,6 +181,8 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([row['name'], *(shown(row[side], key) for side, key in columns)])} |")
     lines += ["", *(f"- {finding}" for finding in found["findings"]), ""]
     lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in found["pictures"].items()]
+    if found.get("skipped"):
+        lines.append(f"{len(found['skipped'])} pictures could not be read, the first: {found['skipped'][0]}\n")
     told = f"Model {found['model']}, data {found['data']}, seeds {found['seeds']}, "
     told += f"commit {found['commit'] or 'unknown'}"
     if found["parts"]:
@@ -191,8 +212,7 @@ def finished(place: Path, setting: Setting) -> bool:
         found = json.loads(place.read_text())
     except (OSError, ValueError):
         return False
-    asked = {"scale": setting.scale, "model": setting.model, "data": setting.source, "budget": setting.budget}
-    same = all(found.get(key) == value for key, value in asked.items()) and found["seeds"][0] == setting.seed
+    same = all(found.get(key) == value for key, value in setting.asked.items()) and found["seeds"][0] == setting.seed
     return same and found.get("commit") == commit() is not None
 
 

@@ -1,20 +1,20 @@
 """Figures of the backbone's layers: inter-layer similarity (fig3, fig7) and image clusters (fig3, fig8)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dualtoken.analysis.clusters import agreement, cluster, largest
-from dualtoken.analysis.layers import blocks, contrast, layer_similarity, pooled_layers
+from dualtoken.analysis.clusters import Members, StreamedClusters, agreement
+from dualtoken.analysis.layers import blocks, contrast, pooled_layers, stream_similarity
 from dualtoken.app.figures import draw_clusters, draw_similarity
-from dualtoken.data.images import DataConfig, open_source, read_in_order
+from dualtoken.app.look import Reading, small
 from dualtoken.data.scenes import Scene, scene
 from dualtoken.paper.experiment import Result, Row, Setting
-from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
-from dualtoken.tokenizer.initial import load_backbone
+from dualtoken.tokenizer.backbone import Backbone
+from dualtoken.tokenizer.initial import open_backbone
 
 BATCH, SHOWN, MEMBERS = 50, 6, 8
 FACTS: dict[str, Callable[[Scene], object]] = {  # what is known of a scene: how it looks, and what is in it
@@ -28,8 +28,10 @@ FACTS: dict[str, Callable[[Scene], object]] = {  # what is known of a scene: how
 
 def similarity(setting: Setting, id: str) -> Result:
     """Cosine similarity of layers, and the runs of layers that belong together."""
-    backbone = _open(setting)
-    found = layer_similarity(_look(backbone, setting, None, setting.count(1000, 50000)).pooled)
+    backbone = open_backbone(setting.encoder or "mini")
+    reading = _reading(backbone, setting, setting.count(1000, 50000))
+    found = stream_similarity(backbone, (batch.images for batch in reading))
+    setting.skipped.extend(reading.skipped)
     runs = blocks(found)
     within, between = contrast(found, runs)
     draw_similarity(setting.out / f"{id}_similarity.png", found, runs)
@@ -53,26 +55,36 @@ def contrast_of(found: Tensor, first: int, last: int) -> float | None:
 
 def clusters(setting: Setting, id: str) -> Result:
     """k-means of a shallow and a deep layer: pictures of the largest clusters, and what the clusters agree with."""
-    backbone = _open(setting)
+    backbone = open_backbone(setting.encoder or "mini")
     taps = (backbone.pixel_layer, backbone.semantic_layer)
-    seen = _look(backbone, setting, taps, setting.count(2000, 50000))
-    names = seen.names
-    number = min(1000 if setting.scale == "full" else 48, len(names))
+    reading = _reading(backbone, setting, setting.count(2000, 50000))
+    number = min(1000 if setting.scale == "full" else 48, reading.most)
+    learnt, names = [StreamedClusters(number, setting.seed) for _ in taps], []
+    for batch in reading:
+        for one, features in zip(learnt, pooled_layers(backbone, [batch.images], taps), strict=True):
+            one.learn(features)
+        names += batch.names
+    for one in learnt:
+        one.finish()
+    groups, assigned = [Members(number, 0, MEMBERS) for _ in taps], [[] for _ in taps]
+    for batch in reading:
+        pooled = pooled_layers(backbone, [batch.images], taps)
+        for one, group, found, features in zip(learnt, groups, assigned, pooled, strict=True):
+            found.append(one.assign(features))
+            group.add(found[-1], [-1] * len(features), small(batch.images))
+    setting.skipped.extend(reading.skipped)
+    drawn = [scene(int(name.rsplit("-", 1)[1]), "test") for name in names] if setting.source == "scenes" else []
+    alone = [i for i, s in enumerate(drawn) if len(s.objects) == 1]
     rows, files = [], {}
-    for layer, features in zip(taps, seen.pooled, strict=True):
-        assigned = cluster(features, number, setting.seed)
-        groups = largest(assigned, SHOWN, min(MEMBERS, len(names) // number or 1))
+    for layer, group, found in zip(taps, groups, map(np.concatenate, assigned), strict=True):
         file = f"{id}_layer{layer}.png"
-        draw_clusters(setting.out / file, [seen.pictures[torch.from_numpy(group)] for group in groups])
+        draw_clusters(setting.out / file, group.largest(SHOWN))
         files[file] = f"The largest of {number} clusters of layer {layer}, a row each"
-        if setting.source == "scenes":
-            drawn = [scene(int(name.rsplit("-", 1)[1]), "test") for name in names]
-            alone = [i for i, s in enumerate(drawn) if len(s.objects) == 1]
-            measured = {}
-            for fact, of in FACTS.items():
-                some = range(len(drawn)) if fact in ("background", "number") else alone
-                measured[fact] = agreement(assigned[list(some)], [of(drawn[i]) for i in some])
-            rows.append(Row(f"layer {layer}", measured))
+        measured = {}
+        for fact, of in FACTS.items() if drawn else ():
+            some = range(len(drawn)) if fact in ("background", "number") else alone
+            measured[fact] = agreement(found[list(some)], [of(drawn[i]) for i in some])
+        rows += [Row(f"layer {layer}", measured)] if measured else []
     said = []
     if rows:
         said.append("Adjusted mutual information of clusters and facts, 0 by chance, 1 for the same split.")
@@ -91,27 +103,5 @@ def figure3(setting: Setting) -> Result:
 figure7, figure8 = partial(similarity, id="fig7"), partial(clusters, id="fig8")
 
 
-@dataclass
-class Seen:
-    """Pictures and what the backbone's layers make of them. names: of the M pictures."""
-
-    pooled: Tensor  # [L, M, C]
-    pictures: Tensor  # uint8 [M, 3, S, S], on the CPU
-    names: list[str]
-
-
-def _open(setting: Setting) -> Backbone:
-    shape, state = load_backbone(setting.encoder or "mini", BackboneConfig(""))
-    backbone = Backbone(shape)
-    backbone.load_state_dict(state)
-    return backbone.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _look(backbone: Backbone, setting: Setting, layers: tuple[int, ...] | None, count: int) -> Seen:
-    source = open_source(DataConfig(setting.source), backbone.image_size, "test", "--data")
-    pooled, pictures, names = [], [], []
-    for batch in read_in_order(source, count, BATCH, []):
-        pooled.append(pooled_layers(backbone, [batch.images], layers))
-        pictures.append(batch.images)
-        names += batch.names
-    return Seen(torch.cat(pooled, 1), torch.cat(pictures), names)
+def _reading(backbone: Backbone, setting: Setting, count: int) -> Reading:
+    return Reading(setting.source, backbone.image_size, count, BATCH, setting.seed)

@@ -19,7 +19,7 @@ from dualtoken.eval.commands import reconstruction, zero_shot
 from dualtoken.eval.reconstruction import evaluate_reconstruction
 from dualtoken.eval.zero_shot import Embed, accuracy, class_vectors, embed_texts, quantized_embed, retrieval
 from dualtoken.paper.experiment import SPREAD, Setting
-from dualtoken.paper.trained import Part, remembered
+from dualtoken.paper.trained import Part, digest, remembered
 from dualtoken.tokenizer.presets import open_tokenizer
 from dualtoken.tokenizer.pretrained import open_image_text
 
@@ -52,7 +52,7 @@ class Judge:
         """The pictures."""
         source = open_source(DataConfig(self.setting.source), self.pair.encoder.backbone.image_size, "test", "--data")
         self.classes = source.classes
-        return list(read_in_order(source, self.count, BATCH, []))
+        return list(read_in_order(source, self.count, BATCH, self.setting.skipped))
 
     @cached_property
     def teacher(self) -> Tensor:
@@ -69,8 +69,11 @@ class Judge:
         The part has been trained; what was measured once is kept in its folder.
         """
         folder, model = part.folder(self.setting), part.model(self.setting)
-        place = folder / f"measured-{self.setting.scale}-{self.count}.json"
+        where = [told for told in (self.setting.data, self.setting.inception) if told]
+        mark = f"-{digest(where)}" if where else ""
+        place = folder / f"measured-{self.setting.scale}-{self.count}{mark}.json"
         found = remembered(place, lambda: self._measure(model))
+        self.setting.skipped.extend(found.pop("skipped", []))
         wanted = {name for names, asked in ((PIXELS, pixels), (MEANING, meaning)) if asked for name in names}
         wanted |= {"rfid"} if pixels else set()
         return {name: value if name in wanted else None for name, value in found.items()}
@@ -87,7 +90,8 @@ class Judge:
         told = {"model": model, "encoder": self.name, "data": self.setting.source, "images": self.count}
         back = reconstruction(**told, inception_weights=self.setting.inception)
         seen = zero_shot(**told, classes="imagenet", templates="openai")
-        found = {name: back[name] for name in PIXELS} | {"rfid": back["fid"]}
+        found = {name: back[name] for name in PIXELS}
+        found |= {"rfid": back["fid"], "skipped": back["skipped"] + seen["skipped"]}
         return found | {"zero_shot": 100 * seen["accuracy"]["codes"]}
 
     @torch.no_grad()

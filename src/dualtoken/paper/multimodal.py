@@ -257,9 +257,10 @@ def table6(setting: Setting) -> Result:
     shown = {row.name for row in paper_table("table6").rows} - {"DualToken-3B", "Dual encoder"}
     rows += [Row(row.name, {}, row.values) for row in paper_table("table6").rows if row.name in shown]
     one, two = (row.measured["distance to true pictures"] for row in rows[:2])
+    order = "as in the paper" if one < two else "against the paper"
     said = [
         f"Frechet distance of drawings to true pictures in the bundled encoder's features (no FID): one tokenizer "
-        f"{one:.1f}, two encoders {two:.1f} (one seed): {'as in the paper' if one < two else 'not as in the paper'}."
+        f"{one:.1f}, two encoders {two:.1f}: in order {order}, but from one seed each, whose spread is not known."
     ]
     return Result(rows, said, parts=minutes(parts, setting))
 

@@ -17,6 +17,7 @@ from dualtoken.paper.table3 import table3
 from dualtoken.paper.tables import table1
 
 IMAGENET = "ImageNet-1K's validation set (--data, a folder of class folders)"
+TRAINED = f"{IMAGENET}, other pictures to train on (--train_data, as ImageNet's training set)"
 LATER = (
     "train with dualtoken train-mllm (recipes qwen2.5-3b and qwen2.5-7b; --model.input, --model.output for ablations) "
     "and measure with the benchmarks' own tools"
@@ -29,12 +30,12 @@ EXPERIMENTS = {
     ),
     "table3": Experiment(
         paper_table("table3").title, "one codebook for both objectives collapses, two at two layers beat either alone",
-        table3, 30, ("data", "encoder"), f"{IMAGENET} and google/siglip-so400m-patch14-384 (--encoder)",
+        table3, 30, ("data", "train_data", "encoder"), f"{TRAINED} and google/siglip-so400m-patch14-384 (--encoder)",
     ),
     **{
         id: Experiment(
-            paper_table(id).title, claim, make, minutes, ("data", "encoder"),
-            f"{IMAGENET} and one of the backbones (--encoder); one backbone a run",
+            paper_table(id).title, claim, make, minutes, ("data", "train_data", "encoder"),
+            f"{TRAINED} and one of the backbones (--encoder); one backbone a run",
         )
         for id, claim, make, minutes in (
             ("table7", "the first quarter of the layers is the place for pixels, deeper ones are worse", table7, 18),
@@ -44,7 +45,7 @@ EXPERIMENTS = {
     },
     "table10": Experiment(
         paper_table("table10").title, "with UniTok's quantizer, MCQ, dual codes are better still",
-        table10, 4, ("data", "encoder"), f"{IMAGENET} and ViTamin-L/16-256 (--encoder)",
+        table10, 4, ("data", "train_data", "encoder"), f"{TRAINED} and ViTamin-L/16-256 (--encoder)",
     ),
     **{
         id: Experiment(title, claim, make, minutes, (), LATER, full=False)
@@ -85,6 +86,7 @@ def reproduce(
     scale: Literal["mini", "full"] = "mini",
     output: str = "reproduced",
     data: str | None = None,
+    train_data: str | None = None,
     weights: str | None = None,
     encoder: str | None = None,
     pictures: int | None = None,
@@ -100,7 +102,8 @@ def reproduce(
         id: table3, fig8, ...; "all"; or "list", which says what there is, what each needs, and what is made.
         scale: "mini" (the bundled world and checkpoints, two cores) or "full" (the paper's, with data and weights).
         output: folder for ID.json, ID.md and pictures.
-        data: pictures, at full scale.
+        data: pictures to measure on, at full scale.
+        train_data: other pictures, for tables that train tokenizers; the miniature has scenes of its own.
         weights: the tokenizer that is measured: a directory.
         encoder: the image-text encoder, or its image tower: a directory of ours, of Hugging Face or of open_clip.
         pictures: how many, at most.
@@ -113,8 +116,9 @@ def reproduce(
     if budget <= 0 or seed < 0:
         raise UserError(f"--budget {budget:g}, --seed {seed}: give a budget above 0 and a seed of at least 0")
     setting = Setting(
-        scale, Path(output), data, weights, encoder, pictures, seed, budget, Path(parts) if parts else None, inception
-    )
+        scale, Path(output), data, train_data, weights, encoder, pictures, seed, budget,
+        Path(parts) if parts else None, inception,
+    )  # fmt: skip
     if id == "list":
         rows = [
             (name, e.title, f"{e.minutes * budget / BUDGET:.2g} min",

@@ -2,7 +2,7 @@
 
 The miniature: 48 px, 36 positions, D = 4, K = 256, code width 16, a small decoder, no perceptual or adversarial loss,
 280 steps of 8 pictures on the bundled encoder. All rows of a table have the same budget. At full scale the shape is
-the recipe that fits `--encoder`, with the recipe's losses and the paper's 100000 steps.
+the recipe that fits `--encoder`, with the recipe's losses and 100000 steps (the paper names none).
 """
 
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ class Variant:
         warm = steps // 10
         quantizer = SIZES | {"kind": self.quantizer}
         changes: dict[str, Any] = {
-            "data": {"source": setting.source, "batch_size": 8},
+            "data": {"source": setting.train_source, "batch_size": 8},
             "backbone": {"name": "", "pixel_layer": self.pixel_layer, "semantic_layer": self.semantic_layer},
             "pixel": {"quantizer": quantizer},
             "semantic": {"quantizer": quantizer, "joined": self.joined},
@@ -125,7 +125,7 @@ class Variant:
 
     def _full(self, setting: Setting) -> dict[str, Any]:
         changes: dict[str, Any] = {
-            "data": {"source": setting.data},
+            "data": {"source": setting.train_source},
             "backbone": {"pixel_layer": self.pixel_layer, "semantic_layer": self.semantic_layer},
             "pixel": {"quantizer": {"kind": self.quantizer}},
             "semantic": {"quantizer": {"kind": self.quantizer}, "joined": self.joined},

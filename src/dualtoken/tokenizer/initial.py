@@ -12,15 +12,25 @@ from dualtoken.tokenizer.pretrained import read_pretrained
 from dualtoken.tokenizer.weights import first_misfit
 
 
-def load_backbone(encoder: str | None, config: BackboneConfig) -> tuple[BackboneConfig, dict[str, Tensor] | None]:
+def open_backbone(encoder: str, option: str = "--encoder") -> Backbone:
+    """The image tower of an encoder (`tokenizer/pretrained.py`), in evaluation mode, on the GPU where there is one."""
+    shape, state = load_backbone(encoder, BackboneConfig(""), option)
+    backbone = Backbone(shape)
+    backbone.load_state_dict(state)
+    return backbone.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_backbone(
+    encoder: str | None, config: BackboneConfig, option: str = "--encoder"
+) -> tuple[BackboneConfig, dict[str, Tensor] | None]:
     """Shape and weights of a backbone; `encoder` as in `tokenizer/pretrained.py`.
 
     An encoder brings its own shape; from `config` come the layers to tap, and where it has a name the sizes that the
-    weights must fit. Without an encoder: `config` and None. Raises UserError for other models.
+    weights must fit. Without an encoder: `config` and None. Raises UserError, naming `option`, for other models.
     """
     if encoder is None:
         return replace(config, name=config.name or BackboneConfig.name), None
-    found = read_pretrained(encoder)
+    found = read_pretrained(encoder, option)
     shape = BackboneConfig(**found.config.backbone)
     if config.name:
         _check_fit(found.backbone, shape, config, encoder)

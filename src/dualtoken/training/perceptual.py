@@ -15,6 +15,11 @@ from dualtoken.core.errors import UserError
 from dualtoken.core.pretrained import load_torch_file
 from dualtoken.tokenizer.backbone import Backbone
 
+FILES = {  # that torchvision publishes
+    "vgg": "vgg16-397923af.pth (VGG16_Weights.IMAGENET1K_V1)",
+    "alex": "alexnet-owt-7be5be79.pth (AlexNet_Weights.IMAGENET1K_V1)",
+}
+
 
 class TeacherPerceptual(nn.Module):
     """Distance of images in layers of a frozen backbone, channels normalised at each position as LPIPS does."""
@@ -49,9 +54,9 @@ class LPIPS(nn.Module):
 
     def __init__(self, net: str, weights: str | Path):
         super().__init__()
-        if net not in ("vgg", "alex"):
+        if net not in FILES:
             raise UserError(f"lpips net {net!r} must be 'vgg' or 'alex'")
-        what = f"torchvision's ImageNet weights of {net}"
+        what = f"torchvision's {FILES[net]}"
         state = load_torch_file(weights, "--lpips_weights", what)
         model = _LPIPS(pretrained=True, net=net, pnet_rand=True)
         try:
