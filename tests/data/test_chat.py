@@ -279,3 +279,10 @@ def test_codes_that_are_not_stored_are_one_line(chats):
         stored(["another"]).fill(sample)
     with pytest.raises(UserError, match="2 pictures but 1 names"):
         StoredCodes(stored(["a", "b"]).codes, ["a"])
+
+
+def test_a_pool_without_what_a_task_needs_is_a_mistake():
+    alike = next(s for s in range(50) if all(len(scene(i, "train", s).objects) == 1 for i in range(3)))
+    chats = SceneChats(SceneChatConfig(3, 1, seed=alike))
+    with pytest.raises(UserError, match=r"--data.scenes: none of 3 scenes suits the task text_to_image; give more"):
+        [chats.sample("text_to_image", i) for i in range(20)]

@@ -105,6 +105,25 @@ def test_without_a_limit_the_context_is_the_limit():
     assert out.shape[1] == 64
 
 
+def test_without_a_limit_a_long_neighbor_cuts_no_reply_short():
+    model, processor = lively(context=64)
+    both = [user("a star"), user("a star " * 20)]
+    word = processor.tokenizer.encode("star")[0]
+    bias = {"sequence_bias": [[[word], 1000.0]]}
+    found = model.generate(**inputs(processor, both), **bias)[:, inputs(processor, both)["input_ids"].shape[1] :]
+    for row, chat in zip(found, both, strict=True):
+        given = inputs(processor, [chat])
+        reply = model.generate(**given, **bias)[0, given["input_ids"].shape[1] :]
+        assert torch.equal(row[: len(reply)], reply) and len(reply) == 64 - given["input_ids"].shape[1]
+
+
+def test_options_that_change_what_is_returned_are_refused():
+    model, processor = shared()
+    for option in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}):
+        with pytest.raises(UserError, match=next(iter(option))):
+            model.generate(**inputs(processor, [user("a star")]), **option)
+
+
 def test_too_long_a_prompt_is_one_error_with_both_numbers():
     model, processor = shared()
     given = inputs(processor, [user("a star " * 80)])

@@ -3,7 +3,14 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message
@@ -154,6 +161,39 @@ def test_options_of_the_llm_reach_it(tmp_path, monkeypatch):
         inputs = inputs_of(processor)
         out = model(**inputs, labels=inputs["input_ids"])
         assert out.loss.isfinite()
+
+
+def test_an_llm_that_scales_its_logits_is_refused(tmp_path):
+    llm, text = write_llm(tmp_path)
+    sizes = {
+        "vocab_size": llm.config.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "attention_dropout": 0.5,
+    }  # fmt: skip
+    for scale in (1.0, 8.0):
+        made = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=scale)).train()
+        told = {"llm": made, "text_tokenizer": text, "model": ModelConfig(tiny.HEAD)}
+        if scale == 1.0:
+            from_parts(str(tiny.tokenizer_directory()), **told)
+            assert made.training
+        else:
+            with pytest.raises(UserError, match="granite scales or caps its logits"):
+                from_parts(str(tiny.tokenizer_directory()), **told)
+
+
+def test_a_text_tokenizer_without_padding_fills_with_its_end(tmp_path):
+    _, text = write_llm(tmp_path)
+    text.pad_token = None
+    text.save_pretrained(tmp_path)
+    _, processor = build(tmp_path)
+    assert processor.tokenizer.pad_token_id is None and processor.fill == processor.tokenizer.eos_token_id
+
+
+def test_rows_for_new_tokens_differ(tmp_path):
+    write_llm(tmp_path, tied=False)
+    model, _ = build(tmp_path)
+    for table in (model.llm.get_input_embeddings().weight, model.llm.get_output_embeddings().weight):
+        new = table[-4:].detach()
+        assert torch.pdist(new).min() > 0.5 * torch.pdist(table[:200].detach()).mean()
 
 
 def test_parts_that_are_not_there_are_one_line(tmp_path):

@@ -58,6 +58,24 @@ def test_a_run_with_adapters_goes_on_to_the_same_weights(tmp_path, start, cut, m
     assert differing(model_of(tmp_path / "whole", "2"), model_of(tmp_path / "cut", "2")) == set()
 
 
+def test_a_quantized_llm_learns_by_adapters_alone_and_is_written_whole(tmp_path, start, watched, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    few = {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}
+    stages = recipe("2", trains={"llm": 1e-2}, steps=2) | recipe("4-1", steps=2)
+    assert main(write(tmp_path / "none", start, recipe=stages, llm_options=few)) == 2
+    assert "give --lora.rank" in error(capsys)
+    assert main(write(tmp_path, start, recipe=stages, llm_options=few, lora={"rank": 4, "alpha": 8})) == 0
+    assert any("lora_" in n for n in watched["learns"])
+    for before, after in ((start, model_of(tmp_path, "2")), (model_of(tmp_path, "2"), model_of(tmp_path, "4-1"))):
+        changed = {n for n in differing(before, after) if n.startswith("llm.")}  # the same names and shapes
+        assert changed and all(n.endswith("proj.weight") for n in changed)
+        step = [(weights(after)[n] - weights(before)[n]).abs().max() for n in changed]
+        assert max(step) < 0.05  # the weights of before with what was learnt, not those of few bits
+    model = DualTokenForConditionalGeneration.from_pretrained(model_of(tmp_path, "4-1"))
+    assert not hasattr(model.config.text_config, "quantization_config")
+
+
 def test_adapters_without_peft_are_a_mistake(tmp_path, start, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert main(write(tmp_path, start, **adapted())) == 2

@@ -284,7 +284,7 @@ def test_captions_are_hidden_for_guidance(share, tmp_path, start, watched):
     ("options", "words"),
     [
         (["--stage", "7"], "--stage 7: unknown; the stages are 1, 2, 3, 4-1, 4-2"),
-        (["--stages", "1,5"], "--stage 5: unknown; the stages are 1, 2, 3, 4-1, 4-2"),
+        (["--stages", "1,5"], "--stages 5: unknown; the stages are 1, 2, 3, 4-1, 4-2"),
         (["--stage", "3"], "stage-2/model; train the stage before, or give --start DIR"),
         (["--start", "nowhere"], "--start nowhere: no such directory"),
     ],
@@ -363,6 +363,28 @@ def test_switches_of_the_recipe_go_into_the_written_model(tmp_path, start):
     assert config["output"] == "pixel" and config["text_weight"] == 0.5
     assert {piece(n).split(".")[0] for n in differing(start, model_of(tmp_path, "3"))} == {"head_projectors", "heads"}
     assert not any(n.startswith("semantic_head") for n in differing(start, model_of(tmp_path, "3")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"input": "pixels"}, "input='pixels' must be one of both"), ({"depth_weights": [1.0]}, "each of the 2 depths")],
+)
+def test_switches_that_do_not_exist_are_a_mistake_before_any_step(changes, words, tmp_path, start, capsys):
+    assert main(write(tmp_path, start, recipe=recipe("3"), model=tiny.mllm_recipe()["model"] | changes)) == 2
+    assert words in error(capsys) and not (tmp_path / "run").exists()
+
+
+def test_no_unseen_chats_means_no_evaluation(tmp_path, start):
+    data = tiny.mllm_recipe()["data"] | {"held_out": 0}
+    loop = tiny.mllm_recipe()["loop"] | {"eval_every": 1}
+    assert main(write(tmp_path, start, recipe=recipe("1", steps=2), data=data, loop=loop)) == 0
+    assert not any("eval" in key for line in log(tmp_path, "1") for key in line)
+
+
+def test_attention_of_the_llm_is_that_asked_for_in_later_stages_too(tmp_path, start, watched):
+    options = {"attn_implementation": "eager"}
+    assert main(write(tmp_path, start, recipe=recipe("2", steps=1), llm_options=options)) == 0
+    assert watched["model"].llm.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -119,8 +119,9 @@ class SceneChats:
         pool = self.config.stories if task in ("edit", "story") else self.config.scenes
         number = int(rng.integers(pool)) if self.split == "train" else index % pool
         fits = self._wanted(task, rng)
-        while not fits(number):
-            number = (number + 1) % pool
+        number = next((n for n in ((number + i) % pool for i in range(pool)) if fits(n)), None)
+        if number is None:
+            raise UserError(f"--data.scenes: none of {pool} scenes suits the task {task}; give more")
         messages = getattr(self, f"_{task}")(number, rng)
         return ChatSample(messages, task, f"{task}-{self.split}-{self.config.seed}-{index}")
 

@@ -1,5 +1,6 @@
 """`model.generate`: one entrance to writing, drawing, and both."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def generate(
     if num_images_per_prompt < 1:
         raise UserError(f"num_images_per_prompt {num_images_per_prompt} must be at least 1")
     contexts = split(model.config, input_ids, attention_mask, codes)
-    seeds = [seed] * len(contexts) if isinstance(seed, int) else list(seed)
+    seeds = [seed] * len(contexts) if isinstance(seed, Integral) else list(seed)
     if len(seeds) != len(contexts):
         raise UserError(f"seed: {len(seeds)} numbers for {len(contexts)} prompts; give one, or one for each")
     if mode == "text":

@@ -7,6 +7,7 @@ from dualtoken.core.errors import UserError
 from dualtoken.generation.context import Context, Model, join
 
 MAX_NEW_TOKENS = 256
+REFUSED = {"num_return_sequences", "return_dict_in_generate"}
 
 
 @torch.no_grad()
@@ -17,13 +18,23 @@ def write(
 
     Args:
         draw_semantic: False where pictures drawn before have no semantic codes.
-        options: of transformers' generate (max_new_tokens, do_sample, temperature, streamer, ...).
+        options: of transformers' generate (max_new_tokens, do_sample, temperature, streamer, ...); those that change
+            what it returns are refused. Without max_new_tokens up to 256, as far as the context goes.
     Returns: the new ids of each row, with the token that ended it. Raises UserError where the LLM cannot hold it.
     """
     config = model.config
-    room = model.context - max(len(c.ids) for c in contexts)
+    refused = sorted(REFUSED & options.keys())
+    if refused:
+        raise UserError(f"{', '.join(refused)}: not among the options here; repeat the prompt for several replies")
     if options.get("max_new_tokens") is None:
-        options["max_new_tokens"] = min(MAX_NEW_TOKENS, max(1, room))
+        found: dict[int, Tensor] = {}
+        rooms = [min(MAX_NEW_TOKENS, max(1, model.context - len(c.ids))) for c in contexts]
+        for room in sorted(set(rooms)):  # none is cut short because another prompt is long
+            chosen = [i for i, own in enumerate(rooms) if own == room]
+            told = options | {"max_new_tokens": room}
+            group = write(model, [contexts[i] for i in chosen], may_draw, draw_semantic, **told)
+            found |= dict(zip(chosen, group, strict=True))
+        return [found[i] for i in range(len(contexts))]
     rows = join(model, contexts, options["max_new_tokens"], draw_semantic)
     stops = stop_ids(model)
     never = [config.vision_start_id, config.image_id, config.vision_end_id, config.draw_end_id]

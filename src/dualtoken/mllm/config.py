@@ -70,19 +70,22 @@ class DualTokenConfig(PreTrainedConfig):
         self.pixel_head = pixel_head or asdict(VisualHeadConfig())
         self.semantic_head = semantic_head or asdict(VisualHeadConfig())
         self.positions = positions
-        for name, value, allowed in (("input", input, ("both", "pixel", "semantic")),
-                                     ("output", output, ("both", "pixel"))):  # fmt: skip
-            if value not in allowed:
-                raise UserError(f"{name}={value!r} must be one of {', '.join(allowed)}")
         self.input, self.output = input, output
         self.text_weight, self.pixel_weight, self.semantic_weight = text_weight, pixel_weight, semantic_weight
-        depth = max(self.pixel_head["depth"], self.semantic_head["depth"])
-        if depth_weights is not None and len(depth_weights) != depth:
-            raise UserError(f"depth_weights {depth_weights}: give one for each of the {depth} depths")
         self.depth_weights = depth_weights
+        self.check()
         self.draw = draw or asdict(DrawConfig())
         self.vision_start_id, self.image_id, self.vision_end_id = vision_start_id, image_id, vision_end_id
         self.draw_start_id, self.draw_end_id = draw_start_id, draw_end_id
         self.tokenizer_path = tokenizer_path
         # transformers would set the parts' back ends to None, and an LLM without one masks nothing; {} = as they are.
         super().__init__(**{"attn_implementation": {}, "experts_implementation": {}} | kwargs)
+
+    def check(self) -> None:
+        """Raise UserError for switches that do not exist, and depth weights that do not fit the heads."""
+        for name, allowed in (("input", ("both", "pixel", "semantic")), ("output", ("both", "pixel"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
+        depth = max(self.pixel_head["depth"], self.semantic_head["depth"])
+        if self.depth_weights is not None and len(self.depth_weights) != depth:
+            raise UserError(f"depth_weights {self.depth_weights}: give one for each of the {depth} depths")

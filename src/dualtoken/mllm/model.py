@@ -11,6 +11,7 @@ placeholders, `<image_gen_end>`. The hidden state of `<image_gen_start>` predict
 Shapes: B batch, T sequence, M images in order of appearance, N positions, D depth, H width of the LLM.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +142,8 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
 
     @property
     def context(self) -> int:
-        """Longest sequence that the LLM takes."""
-        return self.config.text_config.max_position_embeddings
+        """Longest sequence that the LLM takes; without bound where its config names none."""
+        return getattr(self.config.text_config, "max_position_embeddings", None) or sys.maxsize
 
     @torch.no_grad()
     def look(self, pixel_values: Tensor) -> DualCodes:
@@ -342,7 +343,7 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         if tokenizer_path is not None:
             state = kwargs.get("state_dict") or self.state_dict()
             kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith("vision_tokenizer.")}
-        super().save_pretrained(directory, **kwargs)
+        super().save_pretrained(directory, **{"max_shard_size": "100TB"} | kwargs)  # one file, as it is read again
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *args, **options):

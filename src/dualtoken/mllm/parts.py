@@ -94,7 +94,7 @@ def from_parts(
         llm: directory of any causal LM of transformers, a hub id, or a model (then with `text_tokenizer`).
         dtype: of the new parts and the LLM.
         llm_options: of AutoModelForCausalLM.from_pretrained (quantization_config, attn_implementation, ...).
-    Raises UserError where a part cannot be found.
+    Raises UserError where a part cannot be found, and for an LLM that does more to its logits than its last layer.
     """
     vision = open_tokenizer(vision_tokenizer, "vision_tokenizer")
     if isinstance(llm, str):
@@ -108,7 +108,8 @@ def from_parts(
         {"extra_special_tokens": [t for t in SPECIAL.values() if t not in special]}, replace_extra_special_tokens=False
     )
     if len(text_tokenizer) > llm.get_input_embeddings().num_embeddings:
-        llm.resize_token_embeddings(len(text_tokenizer))  # Qwen's tables have spare rows, so this is rare
+        _grow(llm, len(text_tokenizer))  # Qwen's tables have spare rows, so this is rare
+    _check_logits(llm)
     ids = {name: text_tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     config = model_config(vision, llm.config, model, ids)
     built = DualTokenForConditionalGeneration(config, llm, vision.to(llm.device))
@@ -172,6 +173,35 @@ def _open_llm(llm: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Pr
     except (OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise UserError(f"llm {llm}: cannot be read ({line})") from error
+
+
+@torch.no_grad()
+def _grow(llm: PreTrainedModel, rows: int) -> None:
+    """Tables with rows for new tokens: normal, of the old rows' mean and deviation, so that no two begin alike.
+
+    (With adapters these rows stay as they are.)
+    """
+    known = llm.get_input_embeddings().num_embeddings
+    llm.resize_token_embeddings(rows, mean_resizing=False)
+    tables = {id(layer.weight): layer.weight for layer in (llm.get_input_embeddings(), llm.get_output_embeddings())}
+    for table in tables.values():
+        old = table[:known].float()
+        table[known:] = (old.mean(0) + old.std(0) * torch.randn(len(table) - known, table.shape[1])).to(table.dtype)
+
+
+@torch.no_grad()
+def _check_logits(llm: PreTrainedModel) -> None:
+    """Raise UserError where logits are scaled or capped behind the last layer: losses and drawings read that layer."""
+    if llm.device.type == "meta":
+        return
+    learning = llm.training
+    llm.eval()  # dropout would make the two differ
+    embeds = llm.get_input_embeddings()(torch.arange(4, device=llm.device)[None])
+    own = llm(inputs_embeds=embeds).logits
+    layer = llm.get_output_embeddings()(llm.base_model(inputs_embeds=embeds).last_hidden_state)
+    llm.train(learning)
+    if not torch.allclose(own, layer, rtol=0.05, atol=0.05 * float(own.abs().max())):
+        raise UserError(f"llm: {llm.config.model_type} scales or caps its logits, which is not supported; take another")
 
 
 def _end_with(model: DualTokenForConditionalGeneration, token: int | None) -> None:

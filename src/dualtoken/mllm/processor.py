@@ -248,11 +248,16 @@ class DualTokenProcessor(ProcessorMixin):
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
+    @property
+    def fill(self) -> int:
+        """What stands where there is no text: the text tokenizer's padding, or its end of text where it has none."""
+        found = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if found is None else found
+
     def _pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids and mask, padded on the left."""
         longest = max(len(row) for row in rows)
-        fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        ids = torch.tensor([[fill] * (longest - len(row)) + row for row in rows])
+        ids = torch.tensor([[self.fill] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return ids, mask
 

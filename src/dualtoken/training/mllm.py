@@ -5,11 +5,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from dualtoken.core.distributed import all_reduce_sum
 from dualtoken.core.errors import UserError
@@ -23,6 +25,7 @@ from dualtoken.data.sources import SourceConfig
 from dualtoken.mllm.config import DualTokenConfig
 from dualtoken.mllm.model import Counts, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_llm
+from dualtoken.mllm.presets import open_mllm
 from dualtoken.mllm.processor import DualTokenProcessor
 from dualtoken.tokenizer.presets import open_tokenizer, tokenizer_directory
 from dualtoken.training.loop import Loop, LoopConfig, seed_step
@@ -30,6 +33,8 @@ from dualtoken.training.sharded import gather, load_shards
 from dualtoken.training.stages import STAGES, LoraConfig, Stage, StageOptim, part_of, recompute_activations, set_trained
 from dualtoken.training.stored_codes import encode_pictures, store_codes
 from dualtoken.training.streamed import open_stream, with_codes
+
+QUANTIZED = "quantization_config"  # of --llm_options
 
 
 @dataclass
@@ -102,8 +107,12 @@ def train_mllm(
     wanted = [stage] if stage is not None else known if stages == "all" else [s.strip() for s in stages.split(",")]
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise UserError(f"--stage {', '.join(unknown)}: unknown; the stages are {', '.join(known)}")
+        option = "--stages" if stage is None else "--stage"
+        raise UserError(f"{option} {', '.join(unknown)}: unknown; the stages are {', '.join(known)}")
     tokenizer_directory(vision_tokenizer, "--vision_tokenizer")  # a missing one is said before any work
+    options = llm_options or {}
+    if QUANTIZED in options and not lora.rank and any("llm" in recipe[name].trains for name in wanted):
+        raise UserError("--llm_options with a quantization_config: weights of few bits do not learn; give --lora.rank")
     for name in wanted:
         folder = Path(output) / f"stage-{name}"
         if (folder / "model/config.json").is_file() and stage is None:
@@ -111,9 +120,10 @@ def train_mllm(
             continue
         before = start if name == wanted[0] and start else _before(output, known, name)
         torch.manual_seed(seed)
-        built, processor = _open(before, vision_tokenizer, (llm, llm_options or {}), small, data.scenes, model)
-        chosen = settings | {"stage": name, "output": str(folder)}
-        _train_stage(built, processor, recipe[name], known.index(name), chosen)
+        with TemporaryDirectory() as whole:
+            built, processor = _open(before, vision_tokenizer, (llm, options), small, data.scenes, model, whole)
+            chosen = settings | {"stage": name, "output": str(folder)}
+            _train_stage(built, processor, recipe[name], known.index(name), chosen, whole)
 
 
 def _before(output: str, known: list[str], name: str) -> Path | None:
@@ -133,18 +143,29 @@ def _open(
     small: SmallLLMConfig,
     scenes: SceneChatConfig,
     model: ModelConfig,
+    whole: str,
 ) -> tuple[DualTokenForConditionalGeneration, DualTokenProcessor]:
-    """The model a stage begins with."""
+    """The model a stage begins with. whole: an empty folder, for the weights of an LLM that is to be quantised."""
     if start is not None:
         check_directory(start, "--start", DualTokenConfig.model_type)
-        built = DualTokenForConditionalGeneration.from_pretrained(start)
+        built, processor = open_mllm(str(start), "--start")
         for name, value in model.switches().items():
             setattr(built.config, name, value)
+        built.config.check()
         _attach(built, vision_tokenizer, start)
-        return built, DualTokenProcessor.from_pretrained(start)
-    if llm[0] is not None:
-        return from_parts(vision_tokenizer, llm[0], model=model, **llm[1])
-    return from_parts(vision_tokenizer, *small_llm(scene_texts(scenes), small), model)
+    elif llm[0] is not None:
+        given = {} if QUANTIZED in llm[1] else llm[1]
+        built, processor = from_parts(vision_tokenizer, llm[0], model=model, **given)
+    else:
+        built, processor = from_parts(vision_tokenizer, *small_llm(scene_texts(scenes), small), model)
+    if "attn_implementation" in llm[1]:
+        built.llm.set_attn_implementation(llm[1]["attn_implementation"])
+    if QUANTIZED in llm[1]:
+        ends = built.generation_config
+        built.llm.save_pretrained(whole)
+        built.llm = AutoModelForCausalLM.from_pretrained(whole, **{"dtype": built.llm.dtype} | llm[1])
+        built.generation_config = built.llm.generation_config = ends
+    return built, processor
 
 
 def _attach(model: DualTokenForConditionalGeneration, vision_tokenizer: str, start: str | Path) -> None:
@@ -180,8 +201,9 @@ def _train_stage(
     stage: Stage,
     number: int,
     settings: dict[str, Any],
+    whole: str,
 ) -> None:
-    """One stage in its own folder, from its newest state if there is one."""
+    """One stage in its own folder, from its newest state if there is one. whole: see `_open`."""
     data, optim, lora, config = (settings[k] for k in ("data", "optim", "lora", "loop"))
     seed, folder = settings["seed"], Path(settings["output"])
     told = settings | {"recipe": stage, "data": replace(data, workers=0)}  # a run may go on with more or fewer
@@ -198,7 +220,7 @@ def _train_stage(
         "encode": processor.encode,
         "batch_size": int(split),
         "length": data.length,
-        "fill": processor.tokenizer.pad_token_id,
+        "fill": processor.fill,
         "seed": seed + number,
         "dropout": data.dropout,
         "rank": run.accelerator.process_index,
@@ -265,7 +287,8 @@ def _train_stage(
         measures = {"norm": norm, "useful": useful, "lr": optim.factor(step, stage.steps)}
         run.log(step, sums | measures | read, skipped)
         if held_out and run.due(step, config.eval_every):
-            found = evaluate(model, held_out, run.device)
+            with run.accelerator.autocast():
+                found = evaluate(model, held_out, run.device)
             run.record({"step": step + 1, **{f"eval_{k}": round(v, 4) for k, v in found.items()}})
             run.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
         if run.saves(step):
@@ -273,7 +296,9 @@ def _train_stage(
             run.save(step + 1, {"model": _values(learning), "optimizer": optimizer.state_dict(), **reached})
     if run.sharded:
         gather(model, keep=run.main)
-    if adapters is not None and run.main:
+    if QUANTIZED in (settings["llm_options"] or {}):
+        model.llm = _in_full(model.llm, whole)
+    elif adapters is not None and run.main:
         adapters.merge_and_unload()
     place = run.write(lambda draft: _write(model, processor, settings, draft))
     run.say(f"written: {place}")
@@ -305,12 +330,13 @@ def _codes(
     train, test = SceneChats(data.scenes), SceneChats(data.scenes, "test")
     place = Path(data.codes) if data.codes else folder.parent / "codes"
     stored = store_codes(model.vision_tokenizer, train.pictures(), place)
+    if not data.held_out:
+        return stored, {}
     samples = {task: [test.sample(task, i) for i in range(data.held_out)] for task in TASKS}
     pictures = by_name(s for group in samples.values() for s in group)
     unseen = StoredCodes(encode_pictures(model.vision_tokenizer, list(pictures.values())), list(pictures))
-    fill = processor.tokenizer.pad_token_id
     return stored, {
-        task: [pack([processor.encode(unseen.fill(s)) for s in group], data.length, fill)]
+        task: [pack([processor.encode(unseen.fill(s)) for s in group], data.length, processor.fill)]
         for task, group in samples.items()
     }
 
@@ -351,6 +377,16 @@ def _adapters(llm: nn.Module, lora: LoraConfig) -> Any:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets
     )
     return peft.LoraModel(llm, settings, "default")
+
+
+def _in_full(llm: nn.Module, whole: str) -> nn.Module:
+    """The LLM with the weights that it had before they were quantised, and what its adapters learnt added to them."""
+    found = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    found.generation_config = llm.generation_config
+    for name, module in llm.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            found.get_submodule(name).weight.data += module.get_delta_weight("default").float().cpu()
+    return found
 
 
 def _write(
