@@ -1,6 +1,7 @@
 """`train-mllm` on datasets in place of the scenes: pictures are encoded as they come, and a run goes on exactly."""
 
 import json
+import tarfile
 
 import pytest
 import torch
@@ -140,3 +141,18 @@ def test_pixels_of_a_batch_become_the_codes_of_their_pictures():
         assert torch.equal(found[[0, 1, 3]], getattr(wanted, name)) and torch.equal(found[2:3], of_known)
         assert torch.equal(found[1, [0, 2]], found[0, [0, 2]])  # what the edit leaves alone keeps its codes
     assert with_codes(tokenizer, made) is made
+
+
+def test_stored_codes_are_trained_on_without_a_vision_tower(tmp_path, start, pictures, watched):
+    with tarfile.open(tmp_path / "000.tar", "w") as tar:
+        for file in sorted(pictures.iterdir()):
+            tar.add(file, file.name)
+    model = str(tiny.tokenizer_directory())
+    assert main(["encode", str(tmp_path / "000.tar"), "--output", str(tmp_path / "codes"), "--model", model]) == 0
+    shards = {"format": "codes", "path": str(tmp_path / "codes")}
+    chosen = json.dumps([shards | {"task": task} for task in ("caption", "text_to_image")])
+    stages = {name: tiny.mllm_recipe()["recipe"][name] | {"steps": 2} for name in ("4-1", "4-2")}
+    content = tiny.mllm_recipe(recipe=stages)
+    assert train(tmp_path / "run", start, content, "--data.sources", chosen) == 0  # as docs/own-pictures.md has it
+    assert watched["towers"] == {None} and watched["steps"] == 4
+    assert len(torch.cat([batch.codes.pixel for batch in watched["batches"]]).unique(dim=0)) > 3

@@ -34,6 +34,7 @@ from dualtoken.training.stages import STAGES, LoraConfig, Stage, StageOptim, par
 from dualtoken.training.stored_codes import encode_pictures, store_codes
 from dualtoken.training.streamed import open_stream, with_codes
 
+PIXELLESS = ("codes", "text")  # formats of sources whose chats bring no pixels
 QUANTIZED = "quantization_config"  # of --llm_options
 
 
@@ -231,9 +232,12 @@ def _train_stage(
         reading = {"workers": data.workers, "window": data.window}
         size = model.vision_tokenizer.image_size
         streamed, held_out = open_stream(data.sources, stage.mixture, size, **made_of, **reading), {}
+        looks = any(source.format not in PIXELLESS for source in data.sources)
     else:
         stored, held_out = _codes(model, processor, data, folder)
         streamed, batches = None, MixtureBatches(SceneChats(data.scenes), stage.mixture, stored=stored, **made_of)
+        looks = False
+    if not looks:
         model.vision_tokenizer.drop_tower()  # from here on pictures are codes
     seed_step(seed, 2**32 + number, 0)
     adapters = _adapters(model.llm, lora) if lora.rank and "llm" in stage.trains else None
