@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dualtoken.app.demo import demo
+from dualtoken.app.demo import _own_pictures, demo
 from dualtoken.app.figures import code_colors
 from dualtoken.app.report import Page
 
@@ -64,3 +64,10 @@ def test_text_in_pages_is_escaped(tmp_path):
     page.write(tmp_path / "x.html")
     text = (tmp_path / "x.html").read_text()
     assert "<script>" not in text and "<b>" not in text
+
+
+def test_own_pictures_of_like_names_are_all_kept(tmp_path):
+    for name in ("Screenshot 2025-01-02 at 10.png", "Screenshot 2025-01-02 at 11.png", "a/b.png", "b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert len(_own_pictures(str(tmp_path))) == 4

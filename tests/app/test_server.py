@@ -62,6 +62,15 @@ def test_chat_is_the_assistants_answer(client, assistant):
     assert client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2).choices[0].message
 
 
+def test_fields_that_are_null_are_as_if_they_were_not_there(server):
+    address = f"{server[0]}/v1/chat/completions"
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "a star"}], "max_tokens": 3}
+    plain = httpx.post(address, json=asked, timeout=SECONDS)
+    null = dict.fromkeys(("stream", "modalities", "n", "stop", "temperature", "max_images", "pixel"))
+    again = httpx.post(address, json=asked | null, timeout=SECONDS)
+    assert again.status_code == 200 and again.json()["choices"] == plain.json()["choices"]
+
+
 def test_a_stream_says_the_same_bit_by_bit(client):
     for options in ({}, {"temperature": 1.0, "seed": 3}):
         whole = chat(client, max_tokens=12, **options)

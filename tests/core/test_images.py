@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -91,3 +92,32 @@ def test_listing_names_the_option(tmp_path):
     for name in ("b/2.PNG", "1.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     assert [p.name for p in list_images(tmp_path, "--x")] == ["1.jpg", "2.PNG"]
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", b"Exif\0\0II*\0\x08\0\0\0"])
+def test_pictures_whose_exif_is_cut_off_are_read_as_they_lie(tmp_path, exif):
+    Image.new("RGB", (6, 3), "red").save(tmp_path / "a.jpg", dpi=(72, 72), exif=exif)
+    assert read_image(tmp_path / "a.jpg").size == (6, 3)
+
+
+def test_a_rotated_picture_with_a_wrong_tag_is_used(tmp_path):
+    tags = Image.Exif()
+    tags[0x0112], tags[0x011A] = 6, 72.0
+    Image.new("RGB", (6, 3), "red").save(tmp_path / "a.jpg", exif=tags)
+    content = (tmp_path / "a.jpg").read_bytes()
+    place = content.index(b"Exif\0\0")
+    entry = content.index(struct.pack(">H" if content[place + 6 : place + 8] == b"MM" else "<H", 0x011A), place)
+    kind = struct.pack(">H" if content[place + 6 : place + 8] == b"MM" else "<H", 2)  # says it is text
+    (tmp_path / "a.jpg").write_bytes(content[: entry + 2] + kind + content[entry + 4 :])
+    assert read_image(tmp_path / "a.jpg").size in ((6, 3), (3, 6))
+
+
+def test_any_error_of_pillow_is_a_damaged_picture(tmp_path, monkeypatch):
+    Image.new("RGB", (6, 3), "red").save(tmp_path / "a.png")
+
+    def fail(self):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(ImageError, match=r"a\.png: damaged picture \(unpack requires"):
+        read_image(tmp_path / "a.png")

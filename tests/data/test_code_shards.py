@@ -134,7 +134,7 @@ def test_mistakes_name_what_is_wrong(tmp_path):
         tar.addfile(header, io.BytesIO(image.getvalue()))
     with pytest.raises(UserError, match="no shard of codes"):
         CodeShard(tmp_path / "pictures.tar")
-    with pytest.raises(UserError, match="the model's is tokenizer feedfeedfeedfeed"):
+    with pytest.raises(UserError, match="--vision_tokenizer is tokenizer feedfeedfeedfeed"):
         list(CodeShards(str(tmp_path / "one/a.tar"), tokenizer="feedfeedfeedfeed").read(str(tmp_path / "one/a.tar")))
     with pytest.raises(UserError, match=r"--data.sources .*no shard .*b.tar"):
         CodeShards(str(tmp_path / "one/{a,b}.tar"))

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -182,6 +183,32 @@ def test_a_table_is_checked_before_any_work(tmp_path):
     assert "b.parquet: no readable parquet file" in read(SourceConfig("parquet", str(tmp_path / "b.parquet")))[1][0]
 
 
+class Rows(torch.utils.data.IterableDataset):
+    """What the assistant says in the shard of each loading process."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __iter__(self):
+        shard = self.source.shards[torch.utils.data.get_worker_info().id]
+        return (sample.messages[1].content[0] for sample in self.source.read(shard))
+
+
+def test_a_damaged_header_inside_a_shard_is_told(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(4):
+            for name, content in ((f"{number}.png", encoded(number)), (f"{number}.txt", b"words")):
+                header = tarfile.TarInfo(name)
+                header.size = len(content)
+                tar.addfile(header, io.BytesIO(content))
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    place = content.index(b"2.png")
+    content[place : place + 512] = b"\xff" * 512
+    (tmp_path / "a.tar").write_bytes(content)
+    samples, skipped = read(SourceConfig("webdataset", str(tmp_path / "a.tar")))
+    assert len(samples) == 2 and len(skipped) == 1 and "cut off or damaged" in skipped[0]
+
+
 def test_a_dataset_of_the_hub_is_read_by_data_file(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -197,6 +224,8 @@ def test_a_dataset_of_the_hub_is_read_by_data_file(tmp_path, monkeypatch):
     assert not skipped and [s.messages[1].content[0] for s in samples] == ["words 2", "words 3"]
     assert samples[0].pictures[0].name == "set/00001/0"
     assert torch.equal(samples[0].pictures[0].image, pixels(encoded(2)))
+    loader = torch.utils.data.DataLoader(Rows(source), batch_size=None, num_workers=2)
+    assert sorted(loader) == ["words 0", "words 1", "words 2", "words 3"]  # each of two processes its shard
     with pytest.raises(UserError, match=r"--data.sources: cannot open hub:"):
         open_source(SourceConfig("parquet", f"hub:{tmp_path}/other"), SIZE)
 

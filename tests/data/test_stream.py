@@ -121,8 +121,8 @@ def test_what_cannot_be_used_is_counted_and_named():
     told = one.take_skipped()
     assert one.counts() == {"seen_a": 20, "skipped_a": len(told)}
     assert set(told) == {
-        "a: chat 10002 is damaged",
-        "a: chat 10103 is damaged",
+        "chat 10002 is damaged",
+        "chat 10103 is damaged",
         "a: a chat of 21 tokens, rows hold 16 (--data.length)",
     }
     assert min(Counter(told).values()) == 2 and one.take_skipped() == []
@@ -130,7 +130,7 @@ def test_what_cannot_be_used_is_counted_and_named():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sources_without_a_chat_are_one_line(workers):
-    with pytest.raises(UserError, match=r"--data.sources a: no chat in its 2 shards, the first: a: chat 1") as at:
+    with pytest.raises(UserError, match=r"--data.sources a: no chat in its 2 shards, the first: chat 1") as at:
         next(stream(Listed(1, 0, bad=(10000,)), workers=workers))
     assert "\n" not in str(at.value)
     with pytest.raises(UserError, match=r"1000 chats in a row do not fit into rows of 16: raise --data.length"):

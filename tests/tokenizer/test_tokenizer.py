@@ -129,3 +129,13 @@ def test_bundled_model_is_half_precision_and_small():
     sizes = {part.name: sum(p.stat().st_size for p in part.rglob("*")) for part in directory.parent.iterdir()}
     assert sizes["tokenizer"] + sizes["encoder"] < 16 * 2**20 and sum(sizes.values()) < 48 * 2**20
     assert load_file(directory / "model.safetensors")["decoder.conv_out.weight"].dtype == torch.float16
+
+
+def test_arrays_of_any_layout_show_the_same_picture():
+    processor = DualTokenImageProcessor(size=8)
+    gray = np.random.default_rng(0).integers(0, 255, (8, 8), np.uint8)
+    wanted = processor(Image.fromarray(gray).convert("RGB"))["pixel_values"]
+    opaque = np.full((8, 8, 1), 255, np.uint8)
+    color = np.repeat(gray[..., None], 3, -1)
+    for array in (gray, gray[..., None], gray[None], color, np.moveaxis(color, -1, 0), np.dstack([color, opaque])):
+        assert torch.equal(processor(array)["pixel_values"], wanted), array.shape

@@ -67,6 +67,26 @@ def test_a_part_that_is_not_finite_stops_or_skips_its_step(loop, capsys):
         run.check(4 + MOST_SKIPPED, NAN)
 
 
+def test_one_scaler_serves_two_optimizers_and_steps_that_are_left_out(loop):
+    run = loop()
+    scaler = run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([w], lr=1.0) for w in weights]
+
+    def step(factor, sound):
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            scaler.scale(factor * weight.sum()).backward()
+            scaler.unscale_(optimizer)
+        run.learn(sound, *optimizers)
+
+    step(0.5, True)
+    assert all(torch.equal(w, torch.full((3,), 0.5)) for w in weights)  # the gradient, not one scaled down twice
+    step(torch.inf, False)
+    assert scaler.get_scale() == 512.0 and all(w.grad is None for w in weights)
+    step(0.25, True)  # goes on
+    assert all(torch.equal(w, torch.full((3,), 0.25)) for w in weights)
+
+
 def test_collapsed_codebooks_warn_or_stop(loop, capsys):
     perplexity = {"pixel": torch.tensor([40.0, 30.0]), "semantic": torch.tensor([25.0, 1.5])}
     assert collapsed(perplexity, 1.0) == [] and collapsed(perplexity, 2.0) == ["semantic depth 2 (perplexity 1.50)"]

@@ -105,7 +105,7 @@ def test_wrong_lpips_weights_are_one_line(tmp_path):
     with pytest.raises(UserError, match="no such file; it is published as torchvision's"):
         LPIPS("vgg", tmp_path / "vgg.pth")
     torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "alex.pth")
-    with pytest.raises(UserError, match="not torchvision's ImageNet weights of vgg"):
+    with pytest.raises(UserError, match=r"not torchvision's vgg16-397923af\.pth"):
         LPIPS("vgg", tmp_path / "alex.pth")
     with pytest.raises(UserError, match="must be 'vgg' or 'alex'"):
         LPIPS("squeeze", tmp_path / "alex.pth")

@@ -16,6 +16,7 @@ from dualtoken.tokenizer.presets import open_tokenizer
 from dualtoken.training.loop import Loop, LoopConfig, OptimConfig
 from dualtoken.training.tokenizer import set_trained
 from tests import tiny
+from tests.tokenizer.test_joined import joined
 
 
 def write(folder, **changes):
@@ -105,6 +106,29 @@ def test_codebooks_of_branches_that_do_not_learn_stand_still():
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"pixel", "decoder"}
 
 
+@pytest.mark.parametrize("trains", [["pixel.quantizer", "semantic.quantizer"], ["semantic"]])
+def test_phases_without_the_decoder_run(trains, tmp_path):
+    phases = [{"steps": 2, "trains": trains}, {"steps": 2}]
+    judged = {"losses": {"adversarial": 0.75}, "discriminator": tiny.recipe()["discriminator"] | {"start": 0}}
+    assert main(write(tmp_path, phases=phases, **judged)) == 0
+
+
+@pytest.mark.parametrize("trains", [("pixel",), ("semantic",), ("pixel", "semantic")])
+def test_one_codebook_for_both_learns_by_either_name(trains):
+    model = joined()
+    set_trained(model, trains)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    model(tiny.images())
+    assert any(not torch.equal(b, before[n]) for n, b in model.named_buffers() if "codebook" in n)
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"pixel"}
+
+
+def test_a_run_goes_on_with_other_loading_processes_and_another_evaluation(tmp_path):
+    assert main(write(tmp_path)) == 0
+    options = ["--data.workers", "1", "--evaluation.images", "8", "--dtype", "float16"]
+    assert main([*write(tmp_path), *options]) == 0
+
+
 def test_accumulated_batches_learn_and_other_settings_refuse_to_resume(tmp_path, capsys):
     loop = tiny.recipe()["loop"] | {"accumulate": 2}
     assert main(write(tmp_path, loop=loop)) == 0
@@ -125,7 +149,10 @@ def test_not_a_number_stops_with_step_part_and_last_good_state(tmp_path, capsys)
     [
         ({"decoder": {"channels": 8, "multipliers": [1, 1], "blocks": 1}}, "decoder gives 4 px, the backbone takes 16"),
         ({"phases": [{"steps": 1, "trains": ["codebooks"]}]}, "the parts are backbone, pixel"),
+        ({"phases": [{"steps": 1, "trains": ["pixel", "pixel.quantiser"]}]}, "trains ['pixel.quantiser']; the parts"),
         ({"data": {"source": "nowhere/"}}, "--data.source nowhere: no such file or folder"),
+        ({"evaluation": {"source": "nowhere/"}}, "--evaluation.source nowhere: no such file or folder"),
+        ({"losses": {"perceptual": 1.0, "lpips_weights": "nowhere"}}, "--losses.lpips_weights nowhere: no such file"),
         ({"encoder": "nowhere"}, "--encoder nowhere: no such directory"),
         ({"optimm": {"lr": 1}}, "unknown key 'optimm.lr'; the nearest valid key is 'optim.lr'"),
         ({"losses": {"adversrial": 0.0}}, "nearest valid key is 'losses.adversarial'"),

@@ -117,7 +117,9 @@ def _own_pictures(image: str | list[str] | None) -> dict[str, Path]:
         except ImageError as error:
             print(f"skipped: {error}")
             continue
-        found[path.name[:18]] = path
+        short = path.name[:18]
+        same = sum(name.startswith(short) for name in found)
+        found[f"{short} {same + 1}" if same else short] = path
     if listed and not found:
         raise UserError(f"--image {image}: no picture in it could be read")
     return found

@@ -11,6 +11,7 @@ from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_bytes, to_float, to_picture
 from dualtoken.data.images import Batch, ImageFolder, read_in_order
+from dualtoken.data.tar_shards import whole_or_not_at_all
 from dualtoken.eval.report import table
 from dualtoken.tokenizer.presets import open_tokenizer
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
@@ -65,8 +66,8 @@ def _encode_pictures(path: str, output: str, model: str, batch_size: int) -> Non
         parts.append(_encode(tokenizer, batch))
         names += relative
     codes = DualCodes.cat(parts)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    codes.save(output, names)
+    with whole_or_not_at_all(Path(output)) as draft:
+        codes.save(draft, names)
     print(f"{len(codes)} pictures -> {output} ({Path(output).stat().st_size:,} bytes)")
 
 

@@ -50,7 +50,8 @@ class _Plain(http.client.HTTPConnection):
 
 class _Encrypted(http.client.HTTPSConnection):
     def connect(self) -> None:
-        self.sock = self.opened = ssl.create_default_context().wrap_socket(_connect(self), server_hostname=self.host)
+        self.opened = _connect(self)
+        self.sock = self.opened = ssl.create_default_context().wrap_socket(self.opened, server_hostname=self.host)
 
 
 def _connect(connection: http.client.HTTPConnection) -> socket.socket:
@@ -87,6 +88,8 @@ def _get(url: str, max_bytes: int, until: float) -> bytes | str:
     connection = CONNECTIONS[parts.scheme](parts.hostname, parts.port, timeout=_left(until))
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     with _ended(connection, _left(until)):
+        connection.connect()
+        _left(until)  # while the name was looked up there was nothing to cut off
         connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "dualtoken"})
         response = connection.getresponse()
         if response.status in (301, 302, 303, 307, 308):

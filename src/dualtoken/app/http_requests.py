@@ -32,6 +32,12 @@ class Ignored(Strict):
     safety_identifier: Any = None
     service_tier: Any = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _unset(cls, given: Any) -> Any:
+        """A field that is null is as if it were not there, as OpenAI takes it: some clients send all fields."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
 
 class HeadOptions(Strict):
     """Sampling of one head; what is not given is as the model has it."""

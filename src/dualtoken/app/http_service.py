@@ -46,11 +46,12 @@ class Service:
         self.engine, self.config = engine, config
         self.metrics = Metrics(lambda: len(self.batcher.waiting))
         self.batcher = Batcher(engine.run, config.batch, self.metrics.observe)
-        self._threads = anyio.CapacityLimiter(THREADS)
+        self._threads, self._fetchers = anyio.CapacityLimiter(THREADS), anyio.CapacityLimiter(THREADS)
 
-    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """What would keep other requests waiting."""
-        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._threads, abandon_on_cancel=True)
+    async def in_thread(self, function: Callable[..., T], *arguments: Any, remote: bool = False) -> T:
+        """What would keep other requests waiting; what is fetched has threads of its own, for it may be slow."""
+        limiter = self._fetchers if remote else self._threads
+        return await anyio.to_thread.run_sync(function, *arguments, limiter=limiter, abandon_on_cancel=True)
 
     async def run(self, request: Request, jobs: Sequence[Job], param: str) -> list[Any]:
         """All rows of a request through the model. Raises QueueFull, and ApiError about `param`."""
@@ -87,7 +88,10 @@ class Service:
     async def picture(self, source: str | bytes, param: str) -> Image.Image:
         """A picture given by URL or as a file's bytes, at the model's size."""
         open_any = open_url if isinstance(source, str) else open_picture
-        return await self.in_thread(lambda: self.engine.fit(open_any(source, param, self.config.pictures)))
+        remote = isinstance(source, str) and not source.startswith("data:")
+        return await self.in_thread(
+            lambda: self.engine.fit(open_any(source, param, self.config.pictures)), remote=remote
+        )
 
     async def prompt_length(self, chat: Chat, reply: int, param: str) -> int:
         """Tokens of a prompt. Raises ApiError where it does not leave room for `reply` tokens."""

@@ -7,6 +7,7 @@ be read raises `ImageError` with its name, so that long work can skip and count 
 import io
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +57,15 @@ def read_image(
         raise ImageError(f"{name}: not a picture that Pillow can read{kinds}") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} Mpx; make it smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
-        raise ImageError(f"{name}: damaged picture ({error})") from None
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow raises errors of many kinds for damaged files
+        raise ImageError(f"{name}: damaged picture ({error or type(error).__name__})") from None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    with suppress(Exception):  # a picture whose EXIF cannot be read, or written again, is used as it lies
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bit (or more) grey, which Pillow would clip at 255
         values = np.asarray(image, dtype=np.float64)
         top = 65535.0 if image.mode.startswith("I") else max(float(np.nan_to_num(values).max()), 1e-9)

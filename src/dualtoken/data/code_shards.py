@@ -107,6 +107,10 @@ class CodeSample:
     details: dict[str, Any] = field(default_factory=dict)  # of .json
 
 
+class DamagedShard(UserError):
+    """A shard that is cut off before it says what is in it."""
+
+
 class CodeShard:
     """A shard of codes, opened by its headers; read with `for sample in shard`.
 
@@ -118,6 +122,8 @@ class CodeShard:
         if not self.path.is_file():
             raise UserError(f"{option} {path}: no such file")
         self.index = index_tar(path)
+        if HEADER not in self.index.bare and self.index.damage:
+            raise DamagedShard(f"{path}: {self.index.damage}")
         if HEADER not in self.index.bare:
             raise UserError(f"{option} {path}: no shard of codes; write one with `dualtoken encode`")
         with open(path, "rb") as shard:
@@ -189,9 +195,13 @@ class CodeShards:
 
     def read(self, shard: str) -> Iterator[ChatSample | Skipped]:
         """Chats of a shard in its order. Raises UserError where its codes are of another tokenizer."""
-        opened = CodeShard(shard, self.option)
+        try:
+            opened = CodeShard(shard, self.option)
+        except DamagedShard as error:
+            yield Skipped(str(error))
+            return
         if self.tokenizer is not None:
-            opened.check_tokenizer(self.tokenizer, "the model's")
+            opened.check_tokenizer(self.tokenizer, "--vision_tokenizer")
         for sample in opened:
             if isinstance(sample, Skipped):
                 yield sample

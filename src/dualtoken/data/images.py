@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import ImageError, fit_image, image_bytes, list_images, read_image
-from dualtoken.data.tar_shards import TarSample, find_shards, index_tar
+from dualtoken.data.tar_shards import Place, find_shards, index_tar
 
 # Photographs in scikit-image's wheel, color first
+NOWHERE = Place(-1, -1)
 PHOTOGRAPHS = (
     "astronaut.png",
     "chelsea.png",
@@ -135,41 +136,52 @@ class Shards:
     """
 
     endless = False
+    beside = ("txt", "cls")
 
     def __init__(self, pattern: str, size: int, option: str = "--data.source"):
         self.size, self.damaged = size, []
-        self.samples: list[tuple[Path, TarSample]] = []
-        shards = find_shards(pattern, option).values()
-        for shard in shards:
+        self.shards = list(find_shards(pattern, option).values())
+        numbers, places, keys = [], [], []  # arrays a shard: there may be many millions of pictures
+        for number, shard in enumerate(self.shards):
             index = index_tar(shard)
             if index.damage:
                 self.damaged.append(str(shard))
-            self.samples += [(shard, sample) for sample in index.samples if sample.picture]
-        labels = [
-            int(self._read(at, "cls") or -1) for at, (_, sample) in enumerate(self.samples) if "cls" in sample.parts
-        ]
+            found = [sample for sample in index.samples if sample.picture]
+            if not found:
+                continue
+            numbers.append(np.full(len(found), number, np.int32))
+            keys.append(np.array([sample.key.encode() for sample in found]))
+            places.append(np.array(
+                [[sample.picture, *(sample.parts.get(name, NOWHERE) for name in self.beside)] for sample in found]
+            ))  # fmt: skip
+        if not numbers:
+            raise UserError(f"{option} {pattern}: no picture in {len(self.shards)} shards")
+        self.numbers, self.places, self.keys = map(np.concatenate, (numbers, places, keys))
+        labelled = np.flatnonzero(self.places[:, 2, 1] >= 0)
+        labels = [self._label(int(at)) for at in labelled]
         self.classes = tuple(str(i) for i in range(max(labels, default=-1) + 1))
-        if not self.samples:
-            raise UserError(f"{option} {pattern}: no picture in {len(shards)} shards")
 
-    def _read(self, index: int, suffix: str) -> bytes:
-        """A file of a sample, empty where it has none."""
-        shard, sample = self.samples[index]
-        place = sample.picture if suffix == "picture" else sample.parts.get(suffix)
-        if place is None:
+    def _read(self, index: int, part: int) -> bytes:
+        """A file of a sample (0 the picture, 1 its text, 2 its class), empty where it has none."""
+        place = Place(*self.places[index, part].tolist())
+        if place.size < 0:
             return b""
-        with open(shard, "rb") as opened:
+        with open(self.shards[self.numbers[index]], "rb") as opened:
             return place.read(opened)
 
+    def _label(self, index: int) -> int:
+        """The class of a sample, -1 where there is none that is a number."""
+        found = self._read(index, 2).strip()
+        return int(found) if found.isdigit() else -1
+
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        shard, sample = self.samples[index]
-        name = f"{shard}:{sample.key}"
-        picture = read_image(self._read(index, "picture"), name)
-        caption = self._read(index, "txt").decode(errors="replace").strip()
-        return Sample(image_bytes(fit_image(picture, self.size)), caption, int(self._read(index, "cls") or -1), name)
+        name = f"{self.shards[self.numbers[index]]}:{self.keys[index].decode()}"
+        picture = read_image(self._read(index, 0), name)
+        caption = self._read(index, 1).decode(errors="replace").strip()
+        return Sample(image_bytes(fit_image(picture, self.size)), caption, self._label(index), name)
 
 
 def open_source(config: DataConfig, size: int, split: str = "train", option: str = "--data.source") -> Source:

@@ -17,7 +17,7 @@ from typing import Any
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from dualtoken.core.errors import UserError
-from dualtoken.data.tar_shards import Skipped
+from dualtoken.data.tar_shards import Skipped, index_tar
 
 Record = dict[str, Any]
 ROWS = 16  # rows of a table held at a time; those of Cauldron have some MB each
@@ -49,8 +49,8 @@ def tar_records(path: str, wanted: set[str]) -> Iterator[Entry]:
     if damage:
         reason = str(damage[0].args[0] if damage[0].args else damage[0]).split(" @ ")[0]
         yield Skipped(f"{path}: cut off or damaged, the rest of the shard is lost ({reason})")
-    elif path.lower().endswith(".tar") and not _ends(path):
-        yield Skipped(f"{path}: no end mark, perhaps it is cut off behind its last sample")
+    elif path.lower().endswith(".tar") and (found := index_tar(path).damage):  # tarfile may end early in silence
+        yield Skipped(f"{path}: {found}; what is behind that is lost")
 
 
 def _unpacked(group: Record) -> Record:
@@ -63,13 +63,6 @@ def _unpacked(group: Record) -> Record:
         if name.endswith("txt"):
             record[name] = record[name].decode("utf-8", errors="replace")
     return (said if isinstance(said, dict) else {}) | record
-
-
-def _ends(path: str) -> bool:
-    """Whether a tar file closes with a block of zeros. tarfile takes one that does not for whole."""
-    with open(path, "rb") as file:
-        file.seek(max(0, Path(path).stat().st_size - BLOCK))
-        return not any(file.read())
 
 
 def table_records(path: str, wanted: set[str]) -> Iterator[Entry]:
@@ -208,8 +201,9 @@ def hub_records(dataset: Any, shard: int, name: str) -> Iterator[Entry]:
     """Rows of one data file of a streamed dataset."""
     number = 0
     try:
-        for record in dataset.shard(num_shards=dataset.num_shards, index=shard):
-            yield str(number), record
+        # By batches of one: plain iteration deals the rows to loading processes a second time.
+        for batch in dataset.shard(num_shards=dataset.num_shards, index=shard).iter(batch_size=1):
+            yield str(number), {name: values[0] for name, values in batch.items()}
             number += 1
     except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
         yield Skipped(f"{name}: the rest behind row {number} cannot be read ({error})")

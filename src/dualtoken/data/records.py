@@ -92,7 +92,7 @@ class PictureReader:
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and "://" in value:
             if value not in self._downloads:
-                raise ImageError(f"{name}: {value} is not fetched; give `images` the folder img2dataset made of it")
+                raise ImageError(f"{name}: not fetched ({value}); give `images` the folder img2dataset made of it")
             value = self._downloads[value]
         if isinstance(value, str):
             name, value = f"{self.label}/{value}", self.folder / value

@@ -135,7 +135,7 @@ class SourceReader:
     def _fill(self) -> None:
         things = list(itertools.islice(self._items, self.window))
         chats = [thing for thing in things if isinstance(thing, ChatSample)]
-        bad = [f"{self.name}: {thing.what}" for thing in things if not isinstance(thing, ChatSample)]
+        bad = [thing.what for thing in things if not isinstance(thing, ChatSample)]
         order = np.random.default_rng((*self.deck.key, *self._card, self.place.start, WINDOW)).permutation(len(chats))
         self._chats = [chats[i] for i in order]
         self._read, self._bad = len(things), len(bad)

@@ -183,13 +183,14 @@ class Hub:
             yield entry if isinstance(entry, Skipped) else (f"{label}/{entry[0]}", entry[1])
 
 
-def open_source(config: SourceConfig, size: int) -> ShardedSource:
+def open_source(config: SourceConfig, size: int, tokenizer: str | None = None) -> ShardedSource:
     """The chats of one line of a recipe, with pictures of side `size`.
 
+    Args: tokenizer: fingerprint that stored codes must be of; None = any.
     Raises UserError, naming `--data.sources`, for an unknown format or option, and where there is no file.
     """
     if config.format == CODES:  # shards that `dualtoken encode` wrote
-        return CodeShards(config.path, config.task, config.prompts, option=OPTION)
+        return CodeShards(config.path, config.task, config.prompts, tokenizer, OPTION)
     if config.format not in FORMATS:
         raise UserError(f"{OPTION}: unknown format {config.format!r}; the formats are {', '.join([*FORMATS, CODES])}")
     if config.task not in TASKS:

@@ -10,6 +10,7 @@ from transformers import BaseImageProcessor, BatchFeature
 
 from dualtoken.core.images import fit_image, image_bytes, read_image, to_float, to_picture
 
+CHANNELS = (1, 3, 4)
 Picture = Image.Image | str | Path | bytes | np.ndarray | Tensor
 
 
@@ -23,7 +24,9 @@ class DualTokenImageProcessor(BaseImageProcessor):
         self.size = size
 
     def preprocess(self, images: Picture | list[Picture], return_tensors: str = "pt", **kwargs) -> BatchFeature:
-        """Pictures, paths, bytes or uint8 arrays [H, W, 3] / [3, H, W] -> pixel_values [B, 3, size, size].
+        """Pictures, paths, bytes or uint8 arrays [H, W], [H, W, C], [C, H, W] with C of 1, 3, 4 -> pixel_values.
+
+        pixel_values: float32 [B, 3, size, size] in [-1, 1].
 
         Raises ImageError for a file that cannot be read.
         """
@@ -39,5 +42,7 @@ class DualTokenImageProcessor(BaseImageProcessor):
         if isinstance(image, Tensor):
             image = image.cpu().numpy()
         if isinstance(image, np.ndarray):
-            image = Image.fromarray(image if image.shape[-1] == 3 else np.moveaxis(image, 0, -1))
+            if image.ndim == 3 and image.shape[-1] not in CHANNELS and image.shape[0] in CHANNELS:
+                image = np.moveaxis(image, 0, -1)
+            image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
         return read_image(image)

@@ -5,7 +5,8 @@ looks at the positions writes the caption, as in SigLIP 2. On scenes it is what 
 count alone tell most pairs of a batch apart. The decoder is thrown away at the end.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed.nn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dualtoken.core.distributed import is_distributed, rank
+from dualtoken.core.distributed import is_distributed, mean_parts, rank
 from dualtoken.core.images import to_float
 from dualtoken.data.images import DataConfig, StepBatches, open_source, step_batches
 from dualtoken.tokenizer.backbone import BackboneConfig, Stem
@@ -102,7 +103,7 @@ def train_encoder(
         caption_weight: of the captioning loss; 0 = contrastive only.
         grow_stem: steps for which the residual convolutions of a stem stand still: colors first, then shapes.
     """
-    settings = dict(locals())
+    settings = dict(locals()) | {"data": replace(data, workers=0)}  # a run may go on with more or fewer
     run = Loop(output, steps, seed, resume, loop, settings, data.batch_size * loop.accumulate)
     seed_step(seed, 2**32, 0)
     config = ImageTextConfig(asdict(backbone), asdict(text))
@@ -113,15 +114,17 @@ def train_encoder(
     state = run.restore()
     if state is None and run.main:
         sample = StepBatches(source, 4096 if source.endless else min(4096, len(source)), seed)[0]
-        train_text_tokenizer(sample.captions, text).save_pretrained(run.output / "model")
+        train_text_tokenizer(sample.captions, text).save_pretrained(run.output / "text")
     run.accelerator.wait_for_everyone()
-    tokenizer = load_text_tokenizer(run.output / "model")
+    tokenizer = load_text_tokenizer(run.output / "text")
 
     model = run.accelerator.prepare(trainer)
     optimizer = run.accelerator.prepare(optim.build(list(trainer.parameters())))
     if state is not None:
         trainer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.train()
     residual = [p for m in trainer.modules() if isinstance(m, Stem) for p in m.residual_parameters()]
     stream = step_batches(batches, run.start * loop.accumulate, steps * loop.accumulate, data.workers)
@@ -134,18 +137,21 @@ def train_encoder(
             with run.accelerator.autocast():
                 parts = model(to_float(batch.images.to(run.device)), ids)
             loss = parts["sigmoid"] + caption_weight * parts.get("caption", 0.0)
-            sound &= run.check(step, parts)
+            sound &= run.check(step, mean_parts(parts))  # of all processes, which stop or go on together
             run.accelerator.backward(loss / loop.accumulate)
         for parameter in residual if step < grow_stem else ():
             parameter.grad = None
         norm = run.accelerator.clip_grad_norm_(trainer.parameters(), optim.clip or 1e9)
         sound &= run.check(step, {"gradient": norm})
-        if sound:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        run.learn(sound, optimizer)
         run.log(step, {"loss": loss, **parts, "norm": norm, "lr": optim.rate(step, steps)}, batch.skipped)
         if run.saves(step):
-            run.save(step + 1, {"model": trainer.state_dict(), "optimizer": optimizer.state_dict()})
-    if run.main:
-        trainer.encoder.save_pretrained(run.output / "model")
-    return {"model": str(run.output / "model"), "steps": steps}
+            scaler = run.accelerator.scaler
+            states = {"model": trainer.state_dict(), "optimizer": optimizer.state_dict()}
+            run.save(step + 1, states | {"scaler": None if scaler is None else scaler.state_dict()})
+
+    def save(draft: Path) -> None:
+        trainer.encoder.save_pretrained(draft)
+        load_text_tokenizer(run.output / "text").save_pretrained(draft)
+
+    return {"model": str(run.write(save)), "steps": steps}

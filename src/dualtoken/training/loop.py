@@ -69,6 +69,9 @@ class LoopConfig:
     collapse: float = 2.0
 
 
+FREE = ("output", "loop", "resume", "evaluation", "dtype")  # settings that may change while a run goes on
+
+
 def warm_cosine(step: int, steps: int, warmup: int, final: float) -> float:
     """Linear warm-up, then a cosine from 1 to `final`, at a step counted from 0."""
     if step < warmup:
@@ -115,6 +118,7 @@ class Loop:
     Args:
         samples: pictures or chats of a step, over all processes.
         shards: whether this kind of training can be split over processes (FSDP2).
+        rate: the option that has the learning rate, for advice.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class Loop:
         samples: int = 0,
         title: str = "",
         shards: bool = False,
+        rate: str = "--optim.lr",
     ):
         self.output, self.steps, self.seed, self.config = Path(output), steps, seed, config
         states = self.output / "states"
@@ -158,7 +163,7 @@ class Loop:
         self._pace, self._skipped = Pace(steps, samples), Skipped()
         self._bad_steps: list[int] = []  # the last ones in a row that were left out
         self._bar: tqdm | None = None
-        self._title = title
+        self._title, self._rate = title, rate
         on_main(lambda: self.output.mkdir(parents=True, exist_ok=True))
         if config.tracker == "tensorboard":
             self.accelerator.init_trackers("run")
@@ -188,9 +193,7 @@ class Loop:
             return None
         self._last, state = found
         earlier = json.loads((self.output / "settings.json").read_text())
-        changed = sorted(
-            k for k in self._settings if self._settings[k] != earlier.get(k) and k not in ("output", "loop", "resume")
-        )
+        changed = sorted(k for k in self._settings if self._settings[k] != earlier.get(k) and k not in FREE)
         if changed:
             raise UserError(
                 f"--output {self.output}: its run has another {changed[0]} ({earlier.get(changed[0])} there, "
@@ -304,6 +307,22 @@ class Loop:
         """The next batch of a stream; the time it takes is logged as waiting."""
         return self._pace.take(stream)
 
+    def learn(self, sound: bool, *optimizers: Any) -> None:
+        """Let optimizers take their step, unless it is to be left out; gradients are cleared. Clip them before.
+
+        Under fp16 one scaler serves all optimizers of a step, and backs off also where the step is left out.
+        """
+        scaler = self.accelerator.scaler
+        for optimizer in optimizers if sound else ():
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(getattr(optimizer, "optimizer", optimizer))
+        if scaler is not None:
+            scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
     def check(self, step: int, parts: dict[str, Tensor]) -> bool:
         """Whether all parts are finite, which are the same on every process.
 
@@ -320,7 +339,7 @@ class Loop:
         if self.config.on_nan == "skip" and len(self._bad_steps) < MOST_SKIPPED:
             self.say(f"warning: step {step} changes nothing: {told} not finite")
             return False
-        advice = "a lower --optim.lr or --loop.precision no may help"
+        advice = f"a lower {self._rate} or --loop.precision no may help"
         if self.config.on_nan == "skip":
             advice = f"{MOST_SKIPPED} steps in a row were skipped; {advice}"
         raise self._stopped(step, f"{told} not finite", advice)

@@ -21,12 +21,13 @@ from dualtoken.data.collate import IGNORE, PackedBatch, pack
 from dualtoken.data.images import step_batches
 from dualtoken.data.mixture import Dropout, MixtureBatches
 from dualtoken.data.scene_chat import TASKS, SceneChatConfig, SceneChats
-from dualtoken.data.sources import SourceConfig
+from dualtoken.data.sources import CODES, SourceConfig
 from dualtoken.mllm.config import DualTokenConfig
 from dualtoken.mllm.model import Counts, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, from_parts, small_llm
 from dualtoken.mllm.presets import open_mllm
 from dualtoken.mllm.processor import DualTokenProcessor
+from dualtoken.tokenizer.fingerprint import fingerprint
 from dualtoken.tokenizer.presets import open_tokenizer, tokenizer_directory
 from dualtoken.training.loop import Loop, LoopConfig, seed_step
 from dualtoken.training.sharded import gather, load_shards
@@ -34,7 +35,6 @@ from dualtoken.training.stages import STAGES, LoraConfig, Stage, StageOptim, par
 from dualtoken.training.stored_codes import encode_pictures, store_codes
 from dualtoken.training.streamed import open_stream, with_codes
 
-PIXELLESS = ("codes", "text")  # formats of sources whose chats bring no pixels
 QUANTIZED = "quantization_config"  # of --llm_options
 
 
@@ -208,8 +208,8 @@ def _train_stage(
     data, optim, lora, config = (settings[k] for k in ("data", "optim", "lora", "loop"))
     seed, folder = settings["seed"], Path(settings["output"])
     told = settings | {"recipe": stage, "data": replace(data, workers=0)}  # a run may go on with more or fewer
-    many = stage.batch_size
-    run = Loop(str(folder), stage.steps, seed, settings["resume"], config, told, many, folder.name, shards=True)
+    named = {"samples": stage.batch_size, "title": folder.name, "shards": True, "rate": "rate of --recipe"}
+    run = Loop(str(folder), stage.steps, seed, settings["resume"], config, told, **named)
     split = stage.batch_size / (config.accumulate * run.accelerator.num_processes)
     if split != int(split) or split < 1:
         raise UserError(
@@ -230,9 +230,10 @@ def _train_stage(
     }
     if data.sources:
         reading = {"workers": data.workers, "window": data.window}
-        size = model.vision_tokenizer.image_size
-        streamed, held_out = open_stream(data.sources, stage.mixture, size, **made_of, **reading), {}
-        looks = any(source.format not in PIXELLESS for source in data.sources)
+        size, formats = model.vision_tokenizer.image_size, {source.format for source in data.sources}
+        mark = fingerprint(open_tokenizer(settings["vision_tokenizer"])) if CODES in formats else None
+        streamed, held_out = open_stream(data.sources, stage.mixture, size, mark, **made_of, **reading), {}
+        looks = formats != {CODES}
     else:
         stored, held_out = _codes(model, processor, data, folder)
         streamed, batches = None, MixtureBatches(SceneChats(data.scenes), stage.mixture, stored=stored, **made_of)
@@ -257,6 +258,8 @@ def _train_stage(
         for name, value in _values(learning).items():
             value.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.load_state_dict(state["scaler"])
         if streamed and (change := streamed.load_state_dict(state["data"])):
             run.say(change)
     parameters = list(learning.values())
@@ -282,9 +285,7 @@ def _train_stage(
         norm = run.accelerator.clip_grad_norm_(parameters, optim.clip or 1e9)
         if isinstance(norm, DTensor):  # where parameters are split over the processes
             norm = norm.full_tensor()
-        if run.check(step, sums | {"gradient": norm}):
-            optimizer.step()
-        optimizer.zero_grad()
+        run.learn(run.check(step, sums | {"gradient": norm}), optimizer)
         useful = sum(b.useful for b in parts) / len(parts)
         read = streamed.counts(run.device) if streamed and run.due(step, config.log_every) else {}
         skipped = streamed.take_skipped() if streamed else []
@@ -297,6 +298,8 @@ def _train_stage(
             run.say(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
         if run.saves(step):
             reached = {"data": streamed.state_dict()} if streamed else {}
+            if run.accelerator.scaler is not None:
+                reached["scaler"] = run.accelerator.scaler.state_dict()
             run.save(step + 1, {"model": _values(learning), "optimizer": optimizer.state_dict(), **reached})
     if run.sharded:
         gather(model, keep=run.main)

@@ -46,25 +46,26 @@ class LPIPS(nn.Module):
 
     Args:
         net: "vgg" or "alex".
+        option: how the options are called in errors, before _net and _weights.
         weights: torchvision's file of the network, e.g. vgg16-397923af.pth. The linear layers of LPIPS come with
             torchmetrics. Raises UserError where the file is missing or of another network.
     """
 
     name = "lpips"
 
-    def __init__(self, net: str, weights: str | Path):
+    def __init__(self, net: str, weights: str | Path, option: str = "--lpips"):
         super().__init__()
         if net not in FILES:
-            raise UserError(f"lpips net {net!r} must be 'vgg' or 'alex'")
+            raise UserError(f"{option}_net {net!r} must be 'vgg' or 'alex'")
         what = f"torchvision's {FILES[net]}"
-        state = load_torch_file(weights, "--lpips_weights", what)
+        state = load_torch_file(weights, f"{option}_weights", what)
         model = _LPIPS(pretrained=True, net=net, pnet_rand=True)
         try:
             features = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
             for name, place in model.net.named_parameters():  # "slice2.5.weight" is torchvision's "features.5.weight"
                 place.data.copy_(features[name.split(".", 1)[1]])
         except (KeyError, RuntimeError, AttributeError) as error:
-            raise UserError(f"--lpips_weights {weights}: not {what} ({error})") from None
+            raise UserError(f"{option}_weights {weights}: not {what} ({error})") from None
         self.model = model.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -72,6 +73,8 @@ class LPIPS(nn.Module):
         return self.model(images, targets).mean()
 
 
-def build_perceptual(teacher: Backbone, net: str, weights: str | None) -> LPIPS | TeacherPerceptual:
+def build_perceptual(
+    teacher: Backbone, net: str, weights: str | None, option: str = "--lpips"
+) -> LPIPS | TeacherPerceptual:
     """LPIPS where weights are given, else the teacher's own features."""
-    return LPIPS(net, weights) if weights else TeacherPerceptual(teacher)
+    return LPIPS(net, weights, option) if weights else TeacherPerceptual(teacher)

@@ -15,8 +15,10 @@ from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 from dualtoken.training.stored_codes import encode_pictures
 
 
-def open_stream(configs: list[SourceConfig], mixture: dict[str, float], size: int, **options: Any) -> ChatStream:
-    """The sources with pictures of side `size`; `options` of ChatStream.
+def open_stream(
+    configs: list[SourceConfig], mixture: dict[str, float], size: int, tokenizer: str | None = None, **options: Any
+) -> ChatStream:
+    """The sources with pictures of side `size` and stored codes of a tokenizer (None = any); `options` of ChatStream.
 
     Weights are the mixture's where it names sources (those it leaves out are not read), else the sources' own.
     Raises UserError where the mixture names some sources and something else.
@@ -28,7 +30,8 @@ def open_stream(configs: list[SourceConfig], mixture: dict[str, float], size: in
         if unknown:
             raise UserError(f"mixture {mixture}: no source {', '.join(unknown)}; there are {', '.join(named)}")
         weights = {name: mixture.get(name, 0.0) for name in named}
-    return ChatStream({name: open_source(config, size) for name, config in named.items()}, weights, **options)
+    sources = {name: open_source(config, size, tokenizer) for name, config in named.items()}
+    return ChatStream(sources, weights, **options)
 
 
 def name_sources(configs: list[SourceConfig]) -> dict[str, SourceConfig]:

@@ -5,8 +5,9 @@ the tokenizer, one for the discriminator (when the adversarial weight is above 0
 """
 
 import copy
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,25 +93,24 @@ def train_tokenizer(
         dtype: of the weights in OUTPUT/model.
     """
     settings = dict(locals())
-    for phase in phases:
-        unknown = [p for p in phase.trains if p.split(".")[0] not in PARTS]
-        if unknown or not phase.trains:
-            raise UserError(f"--phases: trains {unknown or '[]'}; the parts are {', '.join(PARTS)}")
+    settings |= {"data": replace(data, workers=0)}  # a run may go on with more or fewer
     start = load_backbone(encoder, backbone)  # what is wrong with it is said before any work
     steps = sum(phase.steps for phase in phases)
     run = Loop(output, steps, seed, resume, loop, settings, data.batch_size * loop.accumulate)
     seed_step(seed, 2**32, 0)
     tokenizer = build_tokenizer(start, pixel, semantic, decoder, pixel_encoder).to(run.device)
+    check_phases(tokenizer, phases)
     teacher = copy.deepcopy(tokenizer.backbone).eval().requires_grad_(False)
     judge = Discriminator(discriminator).to(run.device) if losses.adversarial > 0 else None
     average = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema > 0 else None
     perceptual = None
     if losses.perceptual > 0:
-        perceptual = build_perceptual(teacher, losses.lpips_net, losses.lpips_weights).to(run.device)
+        perceptual = build_perceptual(teacher, losses.lpips_net, losses.lpips_weights, "--losses.lpips").to(run.device)
     source = open_source(data, tokenizer.image_size)
     share = run.share(data.batch_size)
     batches = StepBatches(source, share, seed, run.accelerator.process_index, run.accelerator.num_processes)
-    held_out = open_source(DataConfig(evaluation.source, seed=data.seed), tokenizer.image_size, "test")
+    unseen = DataConfig(evaluation.source, seed=data.seed)
+    held_out = open_source(unseen, tokenizer.image_size, "test", "--evaluation.source")
 
     optimizer = run.accelerator.prepare(optim.build(list(tokenizer.parameters())))
     judge_optimizer = run.accelerator.prepare(optim.build(list(judge.parameters()))) if judge else None
@@ -129,9 +129,12 @@ def train_tokenizer(
         if model is None or step in phase_ends:  # what learns is settled before the model is wrapped
             phase = phases[next(i for i, end in enumerate(phase_ends) if step < end)]
             set_trained(tokenizer, phase.trains)
-            model = run.accelerator.prepare(tokenizer)
+            learns = any(p.requires_grad for p in tokenizer.parameters())  # codebooks may move by their averages alone
+            model = run.accelerator.prepare(tokenizer) if learns else tokenizer
         optim.step(optimizer, step, steps)
         adversarial = judge if judge is not None and step >= discriminator.start else None
+        if not tokenizer.decoder.last_layer.requires_grad:
+            adversarial = None  # its weight is a ratio of gradients there
         sound = True
         for _ in range(loop.accumulate):
             batch = run.take(stream)
@@ -148,7 +151,8 @@ def train_tokenizer(
                 )
             parts = mean_parts({"loss": found.total, **found.parts})  # of the joined batch
             sound &= run.check(step, parts)
-            run.accelerator.backward(found.total / loop.accumulate)
+            if learns:
+                run.accelerator.backward(found.total / loop.accumulate)
             if adversarial is not None:
                 adversarial.requires_grad_(True)
                 with run.accelerator.autocast():
@@ -156,17 +160,16 @@ def train_tokenizer(
                 parts |= mean_parts({"discriminator": judged})
                 sound &= run.check(step, parts)
                 run.accelerator.backward(judged / loop.accumulate)
-        norm = run.accelerator.clip_grad_norm_(tokenizer.parameters(), optim.clip or 1e9)
-        sound &= run.check(step, {"gradient": norm})
-        if sound:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = 0.0
+        if learns:
+            norm = run.accelerator.clip_grad_norm_(tokenizer.parameters(), optim.clip or 1e9)
+            sound &= run.check(step, {"gradient": norm})
+            both = [optimizer]
+            if adversarial is not None:
+                optim.step(judge_optimizer, step, steps)
+                both.append(judge_optimizer)
+            run.learn(sound, *both)
         values = {**parts, "norm": norm, "lr": optim.rate(step, steps)}
-        if adversarial is not None:
-            optim.step(judge_optimizer, step, steps)
-            if sound:
-                judge_optimizer.step()
-            judge_optimizer.zero_grad(set_to_none=True)
         if average is not None:
             average.update_parameters(tokenizer)
         run.check_codebooks(step, {name: getattr(out, name).perplexity for name in ("pixel", "semantic")})
@@ -205,13 +208,34 @@ def build_tokenizer(
     return tokenizer
 
 
+def check_phases(tokenizer: DualTokenVisionTokenizer, phases: list[Phase]) -> None:
+    """Raise UserError where a phase names nothing, or a part of a part that the tokenizer does not have."""
+    names = [f"{name}." for name, _ in [*tokenizer.named_parameters(), *tokenizer.named_buffers()]]
+    for phase in phases:
+        begins = zip(phase.trains, trained_names(tokenizer, phase.trains), strict=True)
+        unknown = [
+            part for part, begin in begins if part not in PARTS and not any(name.startswith(begin) for name in names)
+        ]
+        if unknown or not phase.trains:
+            raise UserError(
+                f"--phases: trains {unknown or '[]'}; the parts are {', '.join(PARTS)}, or parts of these such as "
+                "pixel.quantizer"
+            )
+
+
+def trained_names(tokenizer: DualTokenVisionTokenizer, trains: tuple[str, ...]) -> tuple[str, ...]:
+    """How the names of what learns begin; a vocabulary for both objectives is there as the pixel one alone."""
+    begins = tuple(f"{part}." for part in trains)
+    return tuple(re.sub(r"^semantic\.", "pixel.", begin) for begin in begins) if tokenizer.joined else begins
+
+
 def set_trained(tokenizer: DualTokenVisionTokenizer, trains: tuple[str, ...]) -> None:
     """Let the parameters whose names begin with one of `trains` learn; other EMA codebooks stand still."""
     tokenizer.train()
-    begins = tuple(f"{part}." for part in trains)
+    begins = trained_names(tokenizer, trains)
     for name, parameter in tokenizer.named_parameters():
         parameter.requires_grad_(f"{name}.".startswith(begins))
-    for name in ("pixel", "semantic"):
+    for name in ("pixel",) if tokenizer.joined else ("pixel", "semantic"):
         if not f"{name}.quantizer.codebook.".startswith(begins):
             getattr(tokenizer, name).eval()
 
