@@ -77,7 +77,10 @@ def test_table3_and_table10_run_through_and_share_what_they_train(tmp_path, few,
 def test_findings_of_table3_are_decided_by_the_spread_of_the_seeds(spread, words):
     psnr = {"a": 20.0, "b": 21.0, "c": 23.0, "d": 22.0}
     found = {
-        (name, weight): {"psnr": psnr.get(name, 20.5), "psnr sd": spread, "text_to_image": 50.0}
+        (name, weight): {
+            "psnr": psnr.get(name, 20.5), "psnr sd": spread,
+            "text_to_image": 50.0 + (10.0 * weight if name == "d" else 0.0), "text_to_image sd": spread,
+        }
         for name in CASES for weight in table3.WEIGHTS
     }  # fmt: skip
     said = table3.findings(found, {"text_to_image": 60.0})
@@ -86,6 +89,9 @@ def test_findings_of_table3_are_decided_by_the_spread_of_the_seeds(spread, words
         assert sentence.startswith(f"{word}: ")
     assert any("25 % come with separate codebooks" in text for text in said) == (words[0] == "Shown")
     assert any("of the 4 points of '(a) one codebook, deep', 4 are beaten" in text for text in said)
+    beyond = 4 if spread < 0.15 else 1  # 10, 3, 1 and 0.3 points, and twice the spread
+    told = f"R@1 of (d) is above that of '(a) one codebook, deep' at 4 of 4 weights, at {beyond} by more"
+    assert any(told in text for text in said)
 
 
 @pytest.mark.slow
