@@ -140,7 +140,8 @@ def main() -> None:
     options = Options(**{key: getattr(given, key) for key in chosen})
     page = given.output is None and not options.tiny
     output = given.output or (PAGE.parent / "benchmarks" if page else Path("runs/benchmarks-tiny"))
-    for name in given.names or NAMES:
+    usual = [name for name in NAMES if name != "startup" or options.device == "cpu"]  # starting needs no GPU
+    for name in given.names or usual:
         print(f"{name}:", flush=True)
         write(name, run(name, options), options, output, page)
 

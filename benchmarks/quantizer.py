@@ -45,6 +45,7 @@ def cases(options: Options) -> list[Case]:
     training = {"ours": ours, "all distances, one-hot updates": plain,
                 "vector-quantize-pytorch ResidualVQ, shared": library}  # fmt: skip
     training |= {"the paper's repository": paper} if options.reference else {}
+    training["matrix products of its search alone"] = products
     rows, sizes = (2 * 27 * 27 if options.tiny else 8 * 27 * 27), sizes
     for name, kind in training.items():
         made.append(Case(f"training step with EMA, D 8, {rows} rows, K {size}, C {width}", name, role(name),

@@ -3,6 +3,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dualtoken.analysis.cost import AliveTensors
 from dualtoken.core.errors import UserError
 from dualtoken.tokenizer.quantizer import QuantizerConfig, ResidualQuantizer, nearest_codes
 
@@ -149,3 +150,18 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
         assert torch.equal(first["state"][name], second["state"][name])
         assert torch.allclose(first["state"][name], value, atol=1e-5)
     assert torch.equal(first["usage"], result.usage)
+
+
+def test_memory_of_encoding_does_not_grow_with_the_rows(monkeypatch):
+    quantizer = ResidualQuantizer(QuantizerConfig(codebook_size=32, code_dim=8, depth=4, chunk=16)).eval()
+    rows = torch.randn(1, 1024, 8, generator=torch.Generator().manual_seed(0))
+    whole = quantizer.encode(rows)
+    monkeypatch.setattr("dualtoken.tokenizer.quantizer.ROWS", 64)
+    extra = []
+    for count in (128, 1024):
+        with AliveTensors([rows, *quantizer.buffers()]) as alive:
+            before = alive.now
+            codes = quantizer.encode(rows[:, :count])
+        extra.append(alive.peak - before - codes.nbytes)
+        assert torch.equal(codes, whole[:, :count])
+    assert extra[0] == extra[1]

@@ -139,3 +139,14 @@ def test_arrays_of_any_layout_show_the_same_picture():
     color = np.repeat(gray[..., None], 3, -1)
     for array in (gray, gray[..., None], gray[None], color, np.moveaxis(color, -1, 0), np.dstack([color, opaque])):
         assert torch.equal(processor(array)["pixel_values"], wanted), array.shape
+
+
+@pytest.mark.parametrize(("channels_last", "compiled"), [(True, False), (False, True), (True, True)])
+def test_a_faster_decoder_draws_the_same(channels_last, compiled, monkeypatch):
+    model = tiny.tokenizer().eval()
+    codes = model.encode(tiny.images(2))
+    plain = model.decode(codes)
+    build = model.decoder.compile  # traced, without the minutes of a compiler
+    monkeypatch.setattr(model.decoder, "compile", lambda **told: build(backend="eager", **told), raising=False)
+    model.speed_up_decoder(channels_last, compiled)
+    assert torch.allclose(model.decode(codes), plain, atol=1e-5)

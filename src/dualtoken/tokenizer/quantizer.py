@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from dualtoken.core.distributed import all_reduce_sum, rank, world_size
 from dualtoken.core.errors import UserError
 
+ROWS = 2**14  # that `encode` takes through all depths at once
+
 
 @dataclass
 class QuantizerConfig:
@@ -229,9 +231,13 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Codes int64 [B, N, D] of x [B, N, C]."""
+        """Codes int64 [B, N, D] of x [B, N, C]; all depths of a block of rows after another, so memory stays flat."""
+        codes = torch.empty(*x.shape[:-1], self.config.depth, dtype=torch.int64, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.stack([chosen for _, chosen in self._search(x.float())], -1)
+            for rows, found in zip(x.flatten(0, -2).split(ROWS), codes.flatten(0, -2).split(ROWS), strict=True):
+                for depth, (_, chosen) in enumerate(self._search(rows.float())):
+                    found[:, depth] = chosen
+        return codes
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Sum of the rows of codes [..., D'] -> [..., C], for any D' up to D.
