@@ -107,6 +107,27 @@ def test_zero_shot_on_an_imagenet_folder_as_a_command(clip, tmp_path, capsys):
     assert main(["eval", "reconstruction", *options[:6], "--images", "4"]) == 0
 
 
+def test_table1_at_full_scale_is_measured_as_the_commands_do(clip, tmp_path, capsys):
+    name, tokenizer, _ = clip
+    pictures(tmp_path / "val", [f"{wnid}/ILSVRC2012_val_{i:08}.png" for wnid in WNIDS for i in range(3)])
+    (tmp_path / "val" / WNIDS[0] / "broken.jpg").write_text("no picture")
+    options = ["--weights", tokenizer, "--encoder", name, "--data", str(tmp_path / "val")]
+    command = ["reproduce", "table1", "--scale", "full", "--out", str(tmp_path / "out"), *options]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "out/table1.json").read_text())
+    shown = found["protocol"]["zero_shot"]
+    assert shown["prompts"] == "openai" and shown["prompts_a_class"] == 80 and shown["images"] == 9
+    assert "broken.jpg" in found["skipped"][0] and any("No rFID without --inception" in f for f in found["findings"])
+    page = (tmp_path / "out/table1.md").read_text()
+    assert "full scale" in page and "1 pictures could not be read" in page and "prompts_a_class" in page
+    for wrong, words in (
+        (["--pictures", "0"], "--pictures 0: give at least 1"),
+        (["--inception", "nowhere"], "--inception nowhere: no such file; it is published as torch-fidelity's"),
+        (["--weights", "nowhere"], "--weights nowhere"),
+    ):
+        assert main([*command, *wrong]) == 2 and words in capsys.readouterr().err
+
+
 def test_fewer_pictures_than_there_are_still_cover_all_classes(tmp_path):
     pictures(tmp_path, [f"{label}/{i}.png" for label in "abcd" for i in range(6)])
     source = ImageFolder(tmp_path, 16)

@@ -20,6 +20,8 @@ from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 
 ALONE = {"sync_on_compute": False}  # of metrics: in training the main process evaluates while the others wait for it
 
+INCEPTION = "torch-fidelity's pt_inception-2015-12-05-6726825d.pth (https://github.com/toshas/torch-fidelity/releases)"
+
 
 @dataclass
 class ReconstructionResult:
@@ -48,7 +50,7 @@ class _TeacherFeatures(nn.Module):
 
 def inception_distance(weights: str) -> FrechetInceptionDistance:
     """FID with torch-fidelity's Inception weights. Raises UserError without the package or for another file."""
-    what = "torch-fidelity's pt_inception-2015-12-05-6726825d.pth (https://github.com/toshas/torch-fidelity/releases)"
+    what = INCEPTION
     load_torch_file(weights, "--inception_weights", what)  # torch-fidelity itself would unpickle any file
     try:
         return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights, **ALONE)

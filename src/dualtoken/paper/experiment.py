@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ class Setting:
         budget: minutes of a table; trains every part for `budget / BUDGET` of its steps (mini only).
         parts: folder of trained parts; None = in `out`.
         inception: torch-fidelity's Inception weights, for rFID.
-        skipped: pictures that could not be read; filled while the experiment runs.
+        skipped, protocol: pictures that could not be read, and how it was measured; filled while an experiment runs.
     """
 
     scale: Scale = "mini"
@@ -51,6 +52,7 @@ class Setting:
     parts: Path | None = None
     inception: str | None = None
     skipped: list[str] = field(default_factory=list)
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -135,15 +137,20 @@ class Experiment:
     full: bool = True
     package: str | None = None
 
+    def missing(self, setting: Setting) -> list[str]:
+        """What is not at hand: options of full scale that are not given, and the package."""
+        options = [f"--{name}" for name in self.needs if setting.scale == "full" and getattr(setting, name) is None]
+        absent = self.package is not None and find_spec(self.package) is None
+        return options + ([f"extra {self.package}"] if absent else [])
+
     def check(self, id: str, setting: Setting) -> None:
-        """Raise UserError where full scale lacks something, or the installation a package."""
+        """Raise UserError where full scale lacks something, or the installation a package; before any work."""
         if setting.scale == "full" and not self.full:
             raise UserError(f"reproduce {id} is made in miniature only; at full scale: {self.wants}")
-        missing = [name for name in self.needs if getattr(setting, name) is None]
-        if setting.scale == "full" and missing:
-            options = ", ".join(f"--{name}" for name in missing)
+        options = ", ".join(name for name in self.missing(setting) if name.startswith("--"))
+        if options:
             raise UserError(f"reproduce {id} --scale full needs {options}: {self.wants}")
-        if self.package is not None and find_spec(self.package) is None:
+        if self.missing(setting):
             raise UserError(
                 f"{id} needs the extra `{self.package}`: pip install 'dualtoken[{self.package}]', "
                 f"or in a checkout uv run --extra {self.package} dualtoken reproduce"
@@ -156,12 +163,14 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
     setting.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     setting.skipped.clear()
+    setting.protocol.clear()
     result = experiment.make(setting)
     found = {
         "id": id, "title": experiment.title, "claim": experiment.claim, **setting.asked,
-        "seeds": result.seeds or [setting.seed], "commit": commit(), "hardware": hardware(),
-        "minutes": round((time.time() - start) / 60, 2), "parts": result.parts, "findings": result.findings,
-        "pictures": result.pictures, "skipped": sorted(set(setting.skipped)),
+        "seeds": result.seeds or [setting.seed], "commit": commit() or metadata.version("dualtoken"),
+        "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2), "parts": result.parts,
+        "findings": result.findings,
+        "pictures": result.pictures, "skipped": sorted(set(setting.skipped)), "protocol": setting.protocol,
         "rows": [asdict(row) | {"scale": setting.scale} for row in result.rows],
     }  # fmt: skip
     (setting.out / f"{id}.md").write_text(page(found))
@@ -181,6 +190,8 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([row['name'], *(shown(row[side], key) for side, key in columns)])} |")
     lines += ["", *(f"- {finding}" for finding in found["findings"]), ""]
     lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in found["pictures"].items()]
+    lines += [f"- {name}: {how}" for name, how in found.get("protocol", {}).items()]
+    lines += [""] if found.get("protocol") else []
     if found.get("skipped"):
         lines.append(f"{len(found['skipped'])} pictures could not be read, the first: {found['skipped'][0]}\n")
     told = f"Model {found['model']}, data {found['data']}, seeds {found['seeds']}, "
@@ -207,13 +218,14 @@ def shown(values: dict[str, Any], key: str) -> str:
 
 
 def finished(place: Path, setting: Setting) -> bool:
-    """True where a file holds what this setting would make, at this commit."""
+    """True where a file holds what this setting would make, at this commit or, installed, of this version."""
     try:
         found = json.loads(place.read_text())
     except (OSError, ValueError):
         return False
+    version = commit() or metadata.version("dualtoken")
     same = all(found.get(key) == value for key, value in setting.asked.items()) and found["seeds"][0] == setting.seed
-    return same and found.get("commit") == commit() is not None
+    return same and found.get("commit") == version
 
 
 def commit() -> str | None:

@@ -74,6 +74,7 @@ class Judge:
         place = folder / f"measured-{self.setting.scale}-{self.count}{mark}.json"
         found = remembered(place, lambda: self._measure(model))
         self.setting.skipped.extend(found.pop("skipped", []))
+        self.setting.protocol.update(found.pop("protocol", {}))
         wanted = {name for names, asked in ((PIXELS, pixels), (MEANING, meaning)) if asked for name in names}
         wanted |= {"rfid"} if pixels else set()
         return {name: value if name in wanted else None for name, value in found.items()}
@@ -92,6 +93,7 @@ class Judge:
         seen = zero_shot(**told, classes="imagenet", templates="openai")
         found = {name: back[name] for name in PIXELS}
         found |= {"rfid": back["fid"], "skipped": back["skipped"] + seen["skipped"]}
+        found["protocol"] = {"zero_shot": seen["protocol"], "reconstruction": back["protocol"]}
         return found | {"zero_shot": 100 * seen["accuracy"]["codes"]}
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dualtoken.core.errors import UserError
+from dualtoken.eval.reconstruction import INCEPTION
 from dualtoken.eval.report import table
 from dualtoken.paper.ablations import table7, table8, table9, table10
 from dualtoken.paper.costs import figure6, table11
@@ -15,8 +16,9 @@ from dualtoken.paper.numbers import paper_figure, paper_table
 from dualtoken.paper.summary import write_summary
 from dualtoken.paper.table3 import table3
 from dualtoken.paper.tables import table1
+from dualtoken.tokenizer.presets import tokenizer_directory
 
-IMAGENET = "ImageNet-1K's validation set (--data, a folder of class folders)"
+IMAGENET = "ImageNet-1K's validation set (--data, a folder of class folders; https://image-net.org)"
 TRAINED = f"{IMAGENET}, other pictures to train on (--train_data, as ImageNet's training set)"
 LATER = (
     "train with dualtoken train-mllm (recipes qwen2.5-3b and qwen2.5-7b; --model.input, --model.output for ablations) "
@@ -115,6 +117,12 @@ def reproduce(
     """
     if budget <= 0 or seed < 0:
         raise UserError(f"--budget {budget:g}, --seed {seed}: give a budget above 0 and a seed of at least 0")
+    if pictures is not None and pictures < 1:
+        raise UserError(f"--pictures {pictures}: give at least 1")
+    if inception is not None and not Path(inception).is_file():
+        raise UserError(f"--inception {inception}: no such file; it is published as {INCEPTION}")
+    if weights is not None:
+        tokenizer_directory(weights, "--weights")
     setting = Setting(
         scale, Path(output), data, train_data, weights, encoder, pictures, seed, budget,
         Path(parts) if parts else None, inception,
@@ -122,10 +130,11 @@ def reproduce(
     if id == "list":
         rows = [
             (name, e.title, f"{e.minutes * budget / BUDGET:.2g} min",
-             "yes" if finished(setting.out / f"{name}.json", setting) else "no", e.wants)
+             "yes" if finished(setting.out / f"{name}.json", setting) else "no", ", ".join(e.missing(setting)) or "-",
+             e.wants if e.full else f"not by this command: {e.wants}")
             for name, e in EXPERIMENTS.items()
         ]  # fmt: skip
-        print(table(("id", "what", "miniature", f"in {output}", "full scale needs"), rows))
+        print(table(("id", "what", "miniature", f"in {output}", "missing here", "full scale needs"), rows))
         return
     if id != "all" and id not in EXPERIMENTS:
         near = get_close_matches(id, EXPERIMENTS, 1)

@@ -1,6 +1,7 @@
 """Tables of the tokenizer that need no training (table1)."""
 
 from dualtoken.eval.commands import reconstruction, retrieval, zero_shot
+from dualtoken.eval.reconstruction import INCEPTION
 from dualtoken.paper.experiment import Result, Row, Setting
 from dualtoken.paper.numbers import paper_table
 
@@ -14,6 +15,7 @@ def table1(setting: Setting) -> Result:
     found = retrieval(**told) if setting.scale == "mini" else {}
     back = reconstruction(**told, inception_weights=setting.inception)
     setting.skipped.extend(seen["skipped"] + back["skipped"])
+    setting.protocol.update({"zero_shot": seen["protocol"], "reconstruction": back["protocol"]})
     accuracy = seen["jointly" if setting.source == "scenes" else "accuracy"]
     rows = []
     for who, name in (("codes", f"DualToken, {setting.model}"), ("teacher", "its continuous encoder")):
@@ -32,4 +34,5 @@ def table1(setting: Setting) -> Result:
         )
     else:
         said.append("Retrieval wants pictures with captions: dualtoken eval retrieval (docs/evaluation.md).")
+        said += [] if setting.inception else [f"No rFID without --inception: {INCEPTION}."]
     return Result(rows, said)
