@@ -9,9 +9,10 @@ from PIL import Image
 
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
+from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.data.chat import ChatSample
 from dualtoken.data.code_shards import CodeFormat, CodeSample, CodeShard, CodeShards, CodeShardWriter, open_code_shards
-from dualtoken.data.tar_shards import Skipped, find_shards, index_tar, whole_or_not_at_all
+from dualtoken.data.tar_shards import Skipped, find_shards, index_tar
 
 FORMAT = CodeFormat(pixel=(256, 4), semantic=(257, 4), codebooks=(16384, 16384), tokenizer="0123456789abcdef")
 

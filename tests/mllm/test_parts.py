@@ -5,8 +5,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
     GraniteConfig,
-    GraniteForCausalLM,
+    LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -163,21 +165,45 @@ def test_options_of_the_llm_reach_it(tmp_path, monkeypatch):
         assert out.loss.isfinite()
 
 
-def test_an_llm_that_scales_its_logits_is_refused(tmp_path):
-    llm, text = write_llm(tmp_path)
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (GraniteConfig, {"logits_scaling": 8.0, "attention_dropout": 0.5}),
+        (CohereConfig, {"logit_scale": 0.0625}),
+        (Gemma2Config, {"final_logit_softcapping": 0.5, "head_dim": 16}),
+        (LlamaConfig, {}),
+    ],
+)
+def test_llms_of_other_kinds_have_their_own_logits(config, options, tmp_path):
+    _, text = write_llm(tmp_path)
     sizes = {
-        "vocab_size": llm.config.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "attention_dropout": 0.5,
+        "vocab_size": len(text) + 8, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 1.0, "pad_token_id": 0,
     }  # fmt: skip
-    for scale in (1.0, 8.0):
-        made = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=scale)).train()
-        told = {"llm": made, "text_tokenizer": text, "model": ModelConfig(tiny.HEAD)}
-        if scale == 1.0:
-            from_parts(str(tiny.tokenizer_directory()), **told)
-            assert made.training
-        else:
-            with pytest.raises(UserError, match="granite scales or caps its logits"):
-                from_parts(str(tiny.tokenizer_directory()), **told)
+    llm = AutoModelForCausalLM.from_config(config(**sizes, **options)).train()
+    model, processor = from_parts(str(tiny.tokenizer_directory()), llm, text, ModelConfig(tiny.HEAD))
+    assert llm.training
+    model.eval()
+    ids = processor.tokenizer("a red star", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        wanted = llm(ids).logits
+        assert torch.allclose(model(ids).logits, wanted, atol=1e-4)
+        loss = torch.nn.functional.cross_entropy(wanted[0, :-1], ids[0, 1:])
+        assert float(model(ids, labels=ids).text) == pytest.approx(float(loss), abs=1e-4)
+
+
+def test_an_llm_with_unknown_logits_is_refused(tmp_path, monkeypatch):
+    llm, text = write_llm(tmp_path)
+    forward = type(llm).forward
+
+    def squared(self, *args, **told):
+        out = forward(self, *args, **told)
+        out.logits = out.logits.square()
+        return out
+
+    monkeypatch.setattr(type(llm), "forward", squared)
+    with pytest.raises(UserError, match="qwen2 does more to its logits"):
+        from_parts(str(tiny.tokenizer_directory()), llm, text, ModelConfig(tiny.HEAD))
 
 
 def test_a_text_tokenizer_without_padding_fills_with_its_end(tmp_path):

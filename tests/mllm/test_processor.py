@@ -204,7 +204,7 @@ def test_a_prompt_as_text_may_hold_special_tokens(processor):
     out = processor("<|vision_start|><|image_pad|><|vision_end|>a red", Image.fromarray(PIXELS))
     assert text_of(processor, out["input_ids"][0]) == f"{LOOK}a red"
     assert (out["input_ids"] == processor.image_id).sum() == 4 and out["pixel_values"].shape == (1, 3, 16, 16)
-    several = processor(["a", "<|image_pad|> and <|image_pad|>"], [PIXELS, [PIXELS]])
+    several = processor(["a", "<|image_pad|> and <|image_pad|>"], [[], [PIXELS, PIXELS]])
     assert several["input_ids"].shape == several["attention_mask"].shape and len(several["pixel_values"]) == 2
     assert several["attention_mask"][0].sum() == 1 and several["attention_mask"][0, -1] == 1
 
@@ -213,6 +213,8 @@ def test_a_prompt_as_text_may_hold_special_tokens(processor):
     ("call", "words"),
     [
         (lambda p: p("<|image_pad|> <|image_pad|>", [PIXELS]), "places for 2 pictures, 1 were given"),
+        (lambda p: p(["<|image_pad|> <|image_pad|>", "x"], [[PIXELS], [PIXELS]]),
+         r"places for \[2, 0\] pictures, \[1, 1\] were given"),
         (lambda p: p("<|image_pad|>"), "places for 1 pictures, 0 were given"),
         (lambda p: p("none", PIXELS), "places for 0 pictures, 1 were given"),
         (lambda p: p("<|image_pad|>", "https://a.b/c.png"), "https://a.b/c.png: addresses are not fetched"),

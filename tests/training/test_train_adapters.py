@@ -36,11 +36,12 @@ def test_adapters_alone_learn_and_are_merged_into_the_written_model(tmp_path, st
     assert again == pytest.approx(found, abs=1e-4)  # merged, it says what it said with its adapters
 
 
-def test_with_adapters_the_other_parts_of_a_stage_learn_as_ever(tmp_path, start, watched):
+@pytest.mark.parametrize("stage", ["2", "4-1", "4-2"])
+def test_with_adapters_the_other_parts_of_a_stage_learn_as_ever(stage, tmp_path, start, watched):
     pytest.importorskip("peft")
-    assert main(write(tmp_path, start, recipe=recipe("2"), lora={"rank": 2, "targets": ["q_proj"]})) == 0
-    assert {part_of(n) for n in watched["learns"]} == {"projector", "llm"}
-    changed = differing(start, model_of(tmp_path, "2"))
+    assert main(write(tmp_path, start, recipe=recipe(stage), lora={"rank": 2, "targets": ["q_proj"]})) == 0
+    assert {part_of(n) for n in watched["learns"]} == set(recipe(stage)[stage]["trains"])
+    changed = differing(start, model_of(tmp_path, stage))
     assert {n for n in changed if n.startswith("projector.")} == {
         n for n in weights(start) if n.startswith("projector.")
     }
@@ -58,10 +59,11 @@ def test_a_run_with_adapters_goes_on_to_the_same_weights(tmp_path, start, cut, m
     assert differing(model_of(tmp_path / "whole", "2"), model_of(tmp_path / "cut", "2")) == set()
 
 
-def test_a_quantized_llm_learns_by_adapters_alone_and_is_written_whole(tmp_path, start, watched, capsys):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_llm_learns_by_adapters_alone_and_is_written_whole(bits, tmp_path, start, watched, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    few = {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}
+    few = {"quantization_config": {f"load_in_{bits}bit": True, "quant_method": "bitsandbytes"}}
     stages = recipe("2", trains={"llm": 1e-2}, steps=2) | recipe("4-1", steps=2)
     assert main(write(tmp_path / "none", start, recipe=stages, llm_options=few)) == 2
     assert "give --lora.rank" in error(capsys)

@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dualtoken.core.errors import UserError
+from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.core.images import IMAGE_SUFFIXES, fit_image, image_bytes, read_image, to_float
 from dualtoken.data.code_shards import CARRIED, CodeFormat, CodeShardWriter
-from dualtoken.data.tar_shards import TarSample, find_shards, index_tar, whole_or_not_at_all
+from dualtoken.data.tar_shards import TarSample, find_shards, index_tar
 from dualtoken.tokenizer.fingerprint import fingerprint
 from dualtoken.tokenizer.presets import open_tokenizer
 

@@ -64,10 +64,14 @@ def chat(
             except UserError as error:
                 print(f"error: {error}")
         else:
-            said.append(user(*pictures, line))
+            asked = user(*pictures, line)
+            try:
+                answer = assistant.ask([[*said, asked]], max_new_tokens=max_new_tokens)[0]
+            except UserError as error:
+                print(f"error: {error}; /new begins again")
+                continue
+            said += [asked, {"role": "assistant", "content": answer}]
             pictures = []
-            answer = assistant.ask([said], max_new_tokens=max_new_tokens)[0]
-            said.append({"role": "assistant", "content": answer})
             print(answer)
 
 

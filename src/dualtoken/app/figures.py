@@ -17,6 +17,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from dualtoken.core.files import whole_or_not_at_all
+
 PIXEL, SEMANTIC, TEACHER = "#2f6fb5", "#c2571a", "#8a93a3"
 
 
@@ -40,7 +42,8 @@ def _grid(rows: int, columns: int, labels: Sequence[str], side: float = 1.25) ->
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
+    with whole_or_not_at_all(path) as draft:
+        figure.savefig(draft, dpi=110, format=path.suffix[1:])
     plt.close(figure)
     return path
 

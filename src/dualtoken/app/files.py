@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
+from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.core.images import to_bytes, to_float, to_picture
 from dualtoken.data.images import Batch, ImageFolder, read_in_order
-from dualtoken.data.tar_shards import whole_or_not_at_all
 from dualtoken.eval.report import table
 from dualtoken.tokenizer.presets import open_tokenizer
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.eval.report import cell
 
 STYLE = """
@@ -65,4 +66,5 @@ class Page:
         meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         head = f"{meta}<style>{STYLE}</style><title>{html.escape(self.title)}</title>"
         body = "".join(self.parts)
-        path.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>')
+        with whole_or_not_at_all(path) as draft:
+            draft.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>')

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
+from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.core.images import ImageError, fit_image, image_bytes, read_image, to_bytes, to_picture
 from dualtoken.data.code_shards import HEADER, CodeSample, CodeShard
 from dualtoken.data.scenes import Scenes
-from dualtoken.data.tar_shards import Skipped, TarIndex, add_file, find_shards, index_tar, whole_or_not_at_all
+from dualtoken.data.tar_shards import Skipped, TarIndex, add_file, find_shards, index_tar
 from dualtoken.eval.report import table
 from dualtoken.tokenizer.fingerprint import fingerprint
 from dualtoken.tokenizer.presets import open_tokenizer

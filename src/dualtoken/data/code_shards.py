@@ -21,9 +21,10 @@ import torch
 
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
+from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.data.chat import ChatSample, Message, Picture
 from dualtoken.data.scene_chat import DESCRIBE
-from dualtoken.data.tar_shards import Skipped, TarSample, add_file, find_shards, index_tar, whole_or_not_at_all
+from dualtoken.data.tar_shards import Skipped, TarSample, add_file, find_shards, index_tar
 
 HEADER, NAME = "__codes__", "dualtoken-code-shard-1"
 CARRIED = ("txt", "json", "cls")  # what is taken along from beside a picture

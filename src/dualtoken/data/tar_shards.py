@@ -7,10 +7,7 @@ content, so that a part can be read by its place. A shard that is cut off gives 
 import glob
 import io
 import os
-import socket
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -121,22 +118,3 @@ def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     header = tarfile.TarInfo(name)
     header.size = len(content)
     tar.addfile(header, io.BytesIO(content))
-
-
-@contextmanager
-def whole_or_not_at_all(path: Path) -> Iterator[Path]:
-    """A draft to write in place of `path`: it takes that name where the block ends well, and goes otherwise.
-
-    Drafts that killed processes left of the same file are removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.draft"):
-        left.unlink(missing_ok=True)
-    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.draft")
-    try:
-        yield draft
-        with open(draft, "rb") as written:
-            os.fsync(written.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

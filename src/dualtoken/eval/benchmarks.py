@@ -19,7 +19,7 @@ from torch import accelerator
 from tqdm import tqdm
 
 from dualtoken.core.errors import UserError
-from dualtoken.data.tar_shards import whole_or_not_at_all
+from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.generation.sampling import DrawConfig
 from dualtoken.mllm.assistant import Assistant
 

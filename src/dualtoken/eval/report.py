@@ -9,6 +9,8 @@ from typing import Any
 
 from scipy.stats import binomtest
 
+from dualtoken.core.files import whole_or_not_at_all
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns of text, numbers to the right; None is printed as "-"."""
@@ -66,8 +68,8 @@ def write_json(path: str | Path | None, result: dict[str, Any]) -> None:
     if path is None:
         return
     clean = {k: _finite(v) for k, v in result.items()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(clean, indent=1) + "\n")
+    with whole_or_not_at_all(Path(path)) as draft:
+        draft.write_text(json.dumps(clean, indent=1) + "\n")
     print(f"written: {path}")
 
 

@@ -193,7 +193,8 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         """Where the positions of each image are in the flattened batch, int64 [M, N]."""
         positions, images = self.config.positions, 0 if codes is None else len(codes)
         found = (input_ids.flatten() == self.config.image_id).nonzero()[:, 0]
-        if len(found) != images * positions:
+        uneven = (input_ids == self.config.image_id).sum(-1) % positions != 0
+        if len(found) != images * positions or bool(uneven.any()):
             raise UserError(
                 f"the text has {len(found)} image placeholders, {images} images of {positions} positions need "
                 f"{images * positions}; give one picture for every picture in the prompt"
@@ -207,6 +208,10 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
     def hidden(self, embeds: Tensor, **kwargs) -> Any:
         """The LLM without its last layer: embeds [B, T, H] -> its output, last_hidden_state [B, T, H]."""
         return self.llm.base_model(inputs_embeds=embeds, **kwargs)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """States [..., H] -> logits [..., vocabulary], scaled or capped as the LLM has it."""
+        return text_logits(self.llm, hidden)
 
     def forward(
         self,
@@ -245,7 +250,7 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         )
         hidden = out.last_hidden_state
         if labels is None:
-            logits = self.llm.get_output_embeddings()(hidden)
+            logits = self.text_logits(hidden)
             return DualTokenOutput(logits=logits, past_key_values=out.past_key_values)
         return self._losses(hidden, input_ids, labels, codes, draw_semantic, counts)
 
@@ -262,8 +267,7 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         config, flat = self.config, hidden.flatten(0, 1)
         ahead = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         spoken = (ahead >= 0).nonzero()[:, 0]
-        classify, vocabulary = self.llm.get_output_embeddings(), config.text_config.vocab_size
-        text = classification_loss(classify, flat[spoken], ahead[spoken], vocabulary)
+        text = classification_loss(self.text_logits, flat[spoken], ahead[spoken], config.text_config.vocab_size)
         pixel, semantic = (hidden.new_zeros(head["depth"]) for head in (config.pixel_head, config.semantic_head))
         places = self.places(input_ids, codes)
         positions = known = 0
@@ -357,6 +361,18 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
             model.attach(model.vision_tokenizer)  # loading makes new parameters, which would learn
         model.llm.generation_config = model.generation_config  # what ends a reply may be known there alone
         return loaded
+
+
+def text_logits(llm: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """What an LLM makes of its last states: its last layer, then what Granite, Cohere and Gemma 2 do behind it."""
+    logits, config = llm.get_output_embeddings()(hidden), llm.config
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 
 def build_projector(config: DualTokenConfig, feature_width: int) -> Projector:

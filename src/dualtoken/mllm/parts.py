@@ -22,7 +22,7 @@ from transformers import (
 from dualtoken.core.errors import UserError
 from dualtoken.generation.sampling import DrawConfig
 from dualtoken.mllm.config import SPECIAL, DualTokenConfig
-from dualtoken.mllm.model import DualTokenForConditionalGeneration
+from dualtoken.mllm.model import DualTokenForConditionalGeneration, text_logits
 from dualtoken.mllm.processor import DualTokenProcessor
 from dualtoken.mllm.projector import ProjectorConfig
 from dualtoken.mllm.visual_head import VisualHeadConfig
@@ -94,7 +94,7 @@ def from_parts(
         llm: directory of any causal LM of transformers, a hub id, or a model (then with `text_tokenizer`).
         dtype: of the new parts and the LLM.
         llm_options: of AutoModelForCausalLM.from_pretrained (quantization_config, attn_implementation, ...).
-    Raises UserError where a part cannot be found, and for an LLM that does more to its logits than its last layer.
+    Raises UserError where a part cannot be found, and for an LLM whose logits are not understood.
     """
     vision = open_tokenizer(vision_tokenizer, "vision_tokenizer")
     if isinstance(llm, str):
@@ -191,17 +191,20 @@ def _grow(llm: PreTrainedModel, rows: int) -> None:
 
 @torch.no_grad()
 def _check_logits(llm: PreTrainedModel) -> None:
-    """Raise UserError where logits are scaled or capped behind the last layer: losses and drawings read that layer."""
+    """Raise UserError where an LLM's logits are not what `text_logits` makes of its last states."""
     if llm.device.type == "meta":
         return
     learning = llm.training
     llm.eval()  # dropout would make the two differ
     embeds = llm.get_input_embeddings()(torch.arange(4, device=llm.device)[None])
     own = llm(inputs_embeds=embeds).logits
-    layer = llm.get_output_embeddings()(llm.base_model(inputs_embeds=embeds).last_hidden_state)
+    ours = text_logits(llm, llm.base_model(inputs_embeds=embeds).last_hidden_state)
     llm.train(learning)
-    if not torch.allclose(own, layer, rtol=0.05, atol=0.05 * float(own.abs().max())):
-        raise UserError(f"llm: {llm.config.model_type} scales or caps its logits, which is not supported; take another")
+    if not torch.allclose(own, ours, rtol=0.05, atol=0.05 * float(own.abs().max())):
+        raise UserError(
+            f"llm: {llm.config.model_type} does more to its logits than scaling or capping them as Granite, Cohere and "
+            "Gemma 2 do; take another"
+        )
 
 
 def _end_with(model: DualTokenForConditionalGeneration, token: int | None) -> None:

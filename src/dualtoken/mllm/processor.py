@@ -61,9 +61,13 @@ class DualTokenProcessor(ProcessorMixin):
         texts, listed = [text] if isinstance(text, str) else list(text), _flat(images)
         for image in listed:
             _refuse_address(image)
-        wanted = sum(t.count(SPECIAL["image_id"]) for t in texts)
-        if wanted != len(listed):
-            raise UserError(f"the text has places for {wanted} pictures, {len(listed)} were given")
+        places = [t.count(SPECIAL["image_id"]) for t in texts]
+        if sum(places) != len(listed):
+            raise UserError(f"the text has places for {sum(places)} pictures, {len(listed)} were given")
+        if isinstance(images, (list, tuple)) and all(isinstance(one, (list, tuple)) for one in images):
+            given = [len(_flat(one)) for one in images]  # a list for each text
+            if given != places:
+                raise UserError(f"the texts have places for {places} pictures, {given} were given for them")
         rows = [self._ids(t.replace(SPECIAL["image_id"], SPECIAL["image_id"] * self.positions)) for t in texts]
         ids, mask = self._pad(rows)
         out = {"input_ids": ids, "attention_mask": mask}

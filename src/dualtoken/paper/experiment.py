@@ -199,7 +199,9 @@ def page(found: dict[str, Any]) -> str:
     if found["parts"]:
         trained = f"{len(found['parts'])} trained parts, {sum(found['parts'].values()):.1f} minutes of training in all"
         told += f", {trained} (budget {found['budget']:g})"
-    lines.append(f"{told}, {found['hardware']}, {found['minutes']} minutes: `dualtoken reproduce {found['id']}`.")
+    lines.append(
+        f"{told}, {found['hardware']}, {found['minutes']} minutes this time: `dualtoken reproduce {found['id']}`."
+    )
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,9 @@ from dualtoken.analysis.layers import blocks, contrast, pooled_layers, stream_si
 from dualtoken.app.figures import draw_clusters, draw_similarity
 from dualtoken.app.look import Reading, small
 from dualtoken.data.scenes import Scene, scene
+from dualtoken.paper.ablations import deeper
 from dualtoken.paper.experiment import Result, Row, Setting
+from dualtoken.paper.trained import minutes, train_parts
 from dualtoken.tokenizer.backbone import Backbone
 from dualtoken.tokenizer.initial import open_backbone
 
@@ -28,22 +30,28 @@ FACTS: dict[str, Callable[[Scene], object]] = {  # what is known of a scene: how
 
 def similarity(setting: Setting, id: str) -> Result:
     """Cosine similarity of layers, and the runs of layers that belong together."""
-    backbone = open_backbone(setting.encoder or "mini")
+    return _similarity(setting, f"{id}_similarity.png", open_backbone(setting.encoder or "mini"))
+
+
+def _similarity(setting: Setting, file: str, backbone: Backbone, label: str = "") -> Result:
     reading = _reading(backbone, setting, setting.count(1000, 50000))
     found = stream_similarity(backbone, (batch.images for batch in reading))
     setting.skipped.extend(reading.skipped)
     runs = blocks(found)
     within, between = contrast(found, runs)
-    draw_similarity(setting.out / f"{id}_similarity.png", found, runs)
-    rows = [Row(f"layers {first} to {last}", {"mean cosine": contrast_of(found, first, last)}) for first, last in runs]
-    rows.append(Row("layers of different runs", {"mean cosine": between}))
+    draw_similarity(setting.out / file, found, runs)
+    rows = [
+        Row(f"{label}layers {first} to {last}", {"mean cosine": contrast_of(found, first, last)})
+        for first, last in runs
+    ]
+    rows.append(Row(f"{label}layers of different runs", {"mean cosine": between}))
     first = runs[0][1]
     said = (
-        f"The shallow run ends at layer {first} of {backbone.layers}; the pixel tap of the tokenizer is layer "
+        f"{label}The shallow run ends at layer {first} of {backbone.layers}; the pixel tap of the tokenizer is layer "
         f"{backbone.pixel_layer}, the first quarter. Layers of one run have cosine {within:.3f}, of different runs "
         f"{between:.3f}: " + ("runs show as bright squares." if within - between > 0.2 else "no sharp squares here.")
     )
-    return Result(rows, [said], {f"{id}_similarity.png": "Cosine of every pair of layers, averaged over pictures"})
+    return Result(rows, [said], {file: f"{label}Cosine of every pair of layers, averaged over pictures"})
 
 
 def contrast_of(found: Tensor, first: int, last: int) -> float | None:
@@ -100,7 +108,19 @@ def figure3(setting: Setting) -> Result:
     return Result(left.rows + right.rows, left.findings + right.findings, left.pictures | right.pictures)
 
 
-figure7, figure8 = partial(similarity, id="fig7"), partial(clusters, id="fig8")
+def figure7(setting: Setting) -> Result:
+    """Other backbones: in miniature the bundled one, and the one of 12 blocks that Tables 7 to 9 train."""
+    found = similarity(setting, "fig7")
+    if setting.scale == "mini" and setting.encoder is None:
+        part = deeper(setting)
+        (place,) = train_parts([part], setting)
+        other = _similarity(setting, "fig7_similarity_12.png", open_backbone(str(place)), "mini-12: ")
+        found = Result(found.rows + other.rows, found.findings + other.findings, found.pictures | other.pictures)
+        found.parts = minutes([part], setting)
+    return found
+
+
+figure8 = partial(clusters, id="fig8")
 
 
 def _reading(backbone: Backbone, setting: Setting, count: int) -> Reading:

@@ -73,7 +73,7 @@ EXPERIMENTS = {
         f"{IMAGENET} and google/siglip-so400m-patch14-384 (--encoder)",
     ),
     "fig7": Experiment(
-        paper_figure("fig7").title, paper_figure("fig7").claim, figure7, 0.5, ("data", "encoder"),
+        paper_figure("fig7").title, paper_figure("fig7").claim, figure7, 8, ("data", "encoder"),
         f"{IMAGENET} and one of the backbones (--encoder)",
     ),
     "fig8": Experiment(
