@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,10 +82,10 @@ def test_webdataset_is_captioned_or_drawn(shards):
 
 
 def test_order_names_and_prompts_are_the_same_at_any_time_and_in_parts(shards):
-    config = SourceConfig("webdataset", str(shards), prompts=["a", "b", "c"])
+    config = SourceConfig("webdataset", str(shards), prompts=["a", "b", "c"], name="in")  # prompts follow the name
     whole, again = ([told(s) for s in read(config)[0]] for _ in range(2))
     assert whole == again and len({turns[0][1][1] for turns in whole}) > 1
-    parted = open_source(SourceConfig("webdataset", str(shards), prompts=["a", "b", "c"], parts=2), SIZE)
+    parted = open_source(replace(config, parts=2), SIZE)
     assert len(parted.shards) == 4
     assert [told(s) for shard in parted.shards for s in read(parted, shard)[0]] == whole
     with pytest.raises(UserError, match="no shard 7"):
