@@ -85,6 +85,7 @@ class Quantized:
     perplexity: Tensor  # [D], exp of the entropy of the codes at each depth, over all processes
 
 
+@torch.no_grad()
 def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks") -> Tensor:
     """Index of the nearest row of weight [K, C] for each row of x [M, C] -> int64 [M], lowest index on a tie.
 
@@ -97,8 +98,12 @@ def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks")
     # |x|^2 is the same for every code, so it is left out: argmin of |c|^2 / 2 - x.c
     half_norms = 0.5 * weight.square().sum(1)
     table = weight.t().contiguous()
-    parts = [torch.addmm(half_norms, rows, table, alpha=-1).argmin(1) for rows in x.split(chunk)]
-    return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.int64)
+    # One place for the distances and one for the codes: small results between large ones would let the heap grow.
+    codes, room = x.new_empty(len(x), dtype=torch.int64), x.new_empty(min(chunk, len(x)), len(weight))
+    for rows, found in zip(x.split(chunk), codes.split(chunk), strict=True):
+        distances = torch.addmm(half_norms, rows, table, alpha=-1, out=room[: len(rows)])
+        torch.argmin(distances, 1, out=found)
+    return codes
 
 
 def entropy_loss(x: Tensor, rows: Tensor, temperature: float) -> Tensor:
