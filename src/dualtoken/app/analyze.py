@@ -148,12 +148,13 @@ def feature_space(
         seed: of the order of pictures and of the map.
         output: folder for feature_space.json and feature_space.png.
     """
-    check_umap()
-    found, rows, result = {}, [], {}
-    for name in _names(models, "--models"):
-        listed = name.split("+")
+    wanted = {name: name.split("+") for name in _names(models, "--models")}
+    for name, listed in wanted.items():
         if len(listed) > 2:
             raise UserError(f"--models {name}: A+B takes two encoders, {len(listed)} are given")
+    check_umap()
+    found, rows, result = {}, [], {}
+    for name, listed in wanted.items():
         pair = [Branches(one, quantized, "--models") for one in listed]
         readings = [Reading(data, one.size, images, batch_size, seed) for one in pair]
         clouds = Clouds(images, width)
