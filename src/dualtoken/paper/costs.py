@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dualtoken.app.figures import draw_scatter
+from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_float
 from dualtoken.data.images import DataConfig, open_source, read_in_order
 from dualtoken.mllm.presets import SHAPES, open_mllm
@@ -76,9 +77,13 @@ def figure6(setting: Setting) -> Result:
     """Shallow and deep layer of one encoder, and two separate encoders, each pair as points of one UMAP."""
     from dualtoken.analysis.feature_space import Clouds, embed, overlap
 
-    part = two_encoders(setting).part(setting)
-    train_parts([part], setting)
-    one, two = (open_tokenizer(name).to(device()) for name in (setting.model, str(part.model(setting))))
+    parts = [] if setting.baseline else [two_encoders(setting).part(setting)]
+    other = setting.baseline or str(*train_parts(parts, setting))
+    one, two = (open_tokenizer(name).to(device()) for name in (setting.model, other))
+    if two.pixel_encoder is None or two.image_size != one.image_size:
+        raise UserError(
+            f"--baseline {other}: give a tokenizer of two encoders (recipe dual-encoder) for {one.image_size} px"
+        )
     count = setting.count(500, 1000)
     layers = (one.backbone.pixel_layer, one.backbone.semantic_layer)
     clouds = {"one encoder: shallow and deep layer": Clouds(count, WIDTH), "two encoders": Clouds(count, WIDTH)}
@@ -104,4 +109,4 @@ def figure6(setting: Setting) -> Result:
         f"Neighbors of the other kind, 1 as if mixed: {single:.2f} in one encoder, {apart:.2f} between two encoders: "
         f"{verdict}. Every picture's features are brought to mean 0 and deviation 1 first."
     ]
-    return Result(rows, said, {"fig6.png": "UMAP of unseen pictures"}, minutes([part], setting))
+    return Result(rows, said, {"fig6.png": "UMAP of unseen pictures"}, minutes(parts, setting))

@@ -3,6 +3,7 @@
 Measured numbers and the paper's stand in columns of their own and are never mixed; every file says its scale.
 """
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -18,6 +19,8 @@ import torch
 
 from dualtoken.core.errors import UserError
 from dualtoken.eval.report import cell, write_json
+from dualtoken.mllm.presets import mllm_directory
+from dualtoken.tokenizer.presets import tokenizer_directory
 
 Scale = Literal["mini", "full"]
 SPREAD = " sd"  # ends the name of a standard deviation over seeds, which stands beside its measure
@@ -37,6 +40,9 @@ class Setting:
         budget: minutes of a table; trains every part for `budget / BUDGET` of its steps (mini only).
         parts: folder of trained parts; None = in `out`.
         inception: torch-fidelity's Inception weights, for rFID.
+        baseline: what the paper compares the weights with, where it is a model of its own.
+        flickr8k: folder of Flickr8k, for retrieval.
+        scores: model -> report of `dualtoken eval scores`, for tables of the benchmarks' own tools (`paper/scored.py`).
         skipped, protocol: pictures that could not be read, and how it was measured; filled while an experiment runs.
     """
 
@@ -51,6 +57,9 @@ class Setting:
     budget: float = BUDGET
     parts: Path | None = None
     inception: str | None = None
+    baseline: str | None = None
+    flickr8k: str | None = None
+    scores: dict[str, str] | None = None
     skipped: list[str] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
 
@@ -70,6 +79,8 @@ class Setting:
         return {
             "scale": self.scale, "model": self.model, "data": self.source, "train_data": self.train_source,
             "encoder": self.encoder, "at_most": self.pictures, "inception": self.inception, "budget": self.budget,
+            "baseline": self.baseline, "flickr8k": self.flickr8k,
+            "scores": {name: [file, _digest(file)] for name, file in (self.scores or {}).items()},
         }  # fmt: skip
 
     @property
@@ -122,9 +133,11 @@ class Experiment:
         claim: what the paper says of it, in our words.
         make: does the work; pictures are written into `Setting.out`.
         minutes: of the miniature on two cores, about.
-        needs: what full scale needs: "data", "train_data", "weights", "encoder", or some of them.
-        wants: which data and weights these are in the paper; without `full`, how full scale is measured instead.
-        full: whether this command makes it at full scale.
+        needs: options that full scale needs: "data", "train_data", "weights", "encoder", "baseline", "scores".
+        wants: which data and weights these are in the paper.
+        full: does the work at full scale, where `make` is for the miniature alone.
+        multimodal: whether `Setting.weights` is a multimodal model here; else it is a tokenizer.
+        models: names that `Setting.scores` may have.
         package: that it imports beside the usual ones; an extra of the same name installs it.
     """
 
@@ -134,7 +147,9 @@ class Experiment:
     minutes: float
     needs: tuple[str, ...]
     wants: str
-    full: bool = True
+    full: Callable[[Setting], Result] | None = None
+    multimodal: bool = False
+    models: tuple[str, ...] = ()
     package: str | None = None
 
     def missing(self, setting: Setting) -> list[str]:
@@ -144,9 +159,14 @@ class Experiment:
         return options + ([f"extra {self.package}"] if absent else [])
 
     def check(self, id: str, setting: Setting) -> None:
-        """Raise UserError where full scale lacks something, or the installation a package; before any work."""
-        if setting.scale == "full" and not self.full:
-            raise UserError(f"reproduce {id} is made in miniature only; at full scale: {self.wants}")
+        """Raise UserError where full scale lacks something, the installation a package, or models are of another kind.
+
+        Before any work.
+        """
+        directory = mllm_directory if self.multimodal else tokenizer_directory
+        for option, model in (("--weights", setting.weights), ("--baseline", setting.baseline)):
+            if model is not None:
+                directory(model, option)
         options = ", ".join(name for name in self.missing(setting) if name.startswith("--"))
         if options:
             raise UserError(f"reproduce {id} --scale full needs {options}: {self.wants}")
@@ -154,6 +174,11 @@ class Experiment:
             raise UserError(
                 f"{id} needs the extra `{self.package}`: pip install 'dualtoken[{self.package}]', "
                 f"or in a checkout uv run --extra {self.package} dualtoken reproduce"
+            )
+        unknown = [name for name in setting.scores or {} if self.models and name not in self.models]
+        if unknown and setting.scale == "full":
+            raise UserError(
+                f"--scores {unknown[0]}=...: {id} has no model of that name; it has {', '.join(self.models)}"
             )
 
 
@@ -164,7 +189,8 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
     start = time.time()
     setting.skipped.clear()
     setting.protocol.clear()
-    result = experiment.make(setting)
+    make = experiment.full if setting.scale == "full" and experiment.full else experiment.make
+    result = make(setting)
     found = {
         "id": id, "title": experiment.title, "claim": experiment.claim, **setting.asked,
         "seeds": result.seeds or [setting.seed], "commit": commit() or metadata.version("dualtoken"),
@@ -228,6 +254,10 @@ def finished(place: Path, setting: Setting) -> bool:
     version = commit() or metadata.version("dualtoken")
     same = all(found.get(key) == value for key, value in setting.asked.items()) and found["seeds"][0] == setting.seed
     return same and found.get("commit") == version
+
+
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
 
 
 def commit() -> str | None:

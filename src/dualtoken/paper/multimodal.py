@@ -4,6 +4,7 @@ Trained as the recipes mini-look and mini-draw say, from random weights, with eq
 is compared differs. The bundled tokenizer and, for Table 12, the bundled multimodal model are used as they are.
 """
 
+from pathlib import Path
 from textwrap import fill
 
 import numpy as np
@@ -12,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from dualtoken.app.figures import draw_rows
+from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_float
 from dualtoken.data.scenes import Scene
 from dualtoken.eval.generation import draw_all, draw_prompts, judge_drawings
@@ -31,6 +33,7 @@ from dualtoken.tokenizer.pretrained import open_image_text
 LOOK_STEPS, DRAW_STEPS, BATCH = 450, 600, 50
 LOOP = {"save_every": 150, "eval_every": 0, "log_every": 20, "tracker": "none"}
 SHOWN = 8  # prompts of Figure 5
+FIGURE5 = {"fig5.png": "One column a prompt: drawn with both codes, and with pixel codes alone"}
 CHANCE = 1.96  # standard errors of a difference, two-sided 95 %
 Numbers = dict[str, float]
 
@@ -115,10 +118,9 @@ def table4(setting: Setting) -> Result:
     return Result(rows, said, parts=minutes(parts, setting))
 
 
-def draws(setting: Setting, model: str, prompts: list[Prompt]) -> list[np.ndarray]:
+def draws(setting: Setting, model: str, texts: list[str]) -> list[np.ndarray]:
     """A picture uint8 [S, S, 3] of each prompt, picture i from seed + i."""
     assistant = Assistant.open(model)
-    texts = [prompt.text for prompt in prompts]
     made = draw_all(assistant, texts, assistant.model.draw_config, BATCH, setting.seed)
     return [np.asarray(picture) for picture in made]
 
@@ -155,7 +157,7 @@ def table5(setting: Setting) -> Result:
     prompts = skill_prompts(setting.count(50, 50), setting.seed)
     parts, rows = _two_models(setting), []
     for name, part in parts.items():
-        pictures = draws(setting, str(part.model(setting)), prompts)
+        pictures = draws(setting, str(part.model(setting)), [prompt.text for prompt in prompts])
         rows.append(Row(name, by_kind(prompts, pictures) | {"own prompt nearest": own_prompt(prompts, pictures)}))
     rows += [Row(row.name, {}, row.values) for row in paper_table("table5b").rows]
     rows += [Row(row.name, {}, row.values) for row in paper_table("table5a").rows if row.ours]
@@ -171,7 +173,7 @@ def table5(setting: Setting) -> Result:
 def table12(setting: Setting) -> Result:
     """GenEval's six tasks on scenes, with the bundled model."""
     prompts = geneval_prompts(setting.count(50, 50), setting.seed)
-    found = by_kind(prompts, draws(setting, setting.model, prompts))
+    found = by_kind(prompts, draws(setting, setting.model, [prompt.text for prompt in prompts]))
     rows = [Row(f"{setting.model}, by rule, %", found)]
     rows += [Row(row.name, {}, row.values) for row in paper_table("table12").rows]
     best = max((kind for kind in found if kind != "overall"), key=found.get)
@@ -183,19 +185,36 @@ def table12(setting: Setting) -> Result:
 
 def figure5(setting: Setting) -> Result:
     """The same prompts drawn with both codes and with pixel codes alone."""
+    parts = _two_models(setting)
+    models = {name: str(part.model(setting)) for name, part in parts.items()}
     prompts = skill_prompts(SHOWN, setting.seed)[:SHOWN]  # those of the first skill
-    grids: dict[str, Tensor] = {}
-    rows, parts = [], _two_models(setting)
-    for name, part in parts.items():
-        pictures = draws(setting, str(part.model(setting)), prompts)
-        grids[name] = _stack(pictures)
-        rows.append(Row(name, by_kind(prompts, pictures)))
-    titles = [fill(prompt.text.removeprefix("draw "), 20) for prompt in prompts]
-    draw_rows(setting.out / "fig5.png", list(grids.values()), list(grids), titles)
+    made = _figure5(setting, models, [prompt.text for prompt in prompts])
+    rows = [Row(name, by_kind(prompts, pictures)) for name, pictures in made.items()]
     shares = (f"{row.name} {row.measured['overall']:.0f} %" for row in rows)
     said = [f"Right by rule: {', '.join(shares)}."]
-    files = {"fig5.png": "One column a prompt: drawn with both codes, and with pixel codes alone"}
-    return Result(rows, said, files, minutes(list(parts.values()), setting))
+    return Result(rows, said, FIGURE5, minutes(list(parts.values()), setting))
+
+
+def figure5_of_models(setting: Setting) -> Result:
+    """Figure 5 at full scale: prompts of a file, drawn by two models that are at hand. No rule judges them."""
+    try:
+        lines = Path(setting.data).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--data {setting.data}: no file of prompts, one a line") from None
+    prompts = [line.strip() for line in lines if line.strip()][: setting.count(SHOWN, SHOWN)]
+    if not prompts:
+        raise UserError(f"--data {setting.data}: no prompt in it")
+    _figure5(setting, {"both codes": setting.weights, "pixel codes": setting.baseline}, prompts)
+    rows = [Row(name, {"prompts": len(prompts)}) for name in ("both codes", "pixel codes")]
+    return Result(rows, ["Look at the picture: nothing is judged here."], FIGURE5)
+
+
+def _figure5(setting: Setting, models: dict[str, str], texts: list[str]) -> dict[str, list[np.ndarray]]:
+    """Draw all texts with each model, into one picture."""
+    made = {name: draws(setting, model, texts) for name, model in models.items()}
+    titles = [fill(text.removeprefix("draw "), 20) for text in texts]
+    draw_rows(setting.out / "fig5.png", [_stack(pictures) for pictures in made.values()], list(made), titles)
+    return made
 
 
 def table2(setting: Setting) -> Result:
@@ -246,9 +265,7 @@ def table6(setting: Setting) -> Result:
         tokenizer = variant.part(setting)
         part = from_nothing(setting, tokenizer)
         train_parts([part], setting)
-        assistant = Assistant.open(str(part.model(setting)))
-        made = draw_all(assistant, texts, assistant.model.draw_config, BATCH, setting.seed)
-        pictures = [np.asarray(picture) for picture in made]
+        pictures = draws(setting, str(part.model(setting)), texts)
         right = judge_drawings("right, %", truths, texts, pictures)["right, %"]
         numbers = {"right, %": 100 * right.value, "distance to true pictures": distance(truths, pictures)}
         numbers |= {f"tokenizer {key}": judge_of.measure(tokenizer)[key] for key in ("psnr", "zero_shot")}

@@ -1,6 +1,7 @@
 """`dualtoken reproduce ID`: a table or figure of the paper, in miniature in minutes or at full scale."""
 
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,24 +12,32 @@ from dualtoken.paper.ablations import table7, table8, table9, table10
 from dualtoken.paper.costs import figure6, table11
 from dualtoken.paper.experiment import BUDGET, Experiment, Setting, finished, run
 from dualtoken.paper.layers import figure3, figure7, figure8
-from dualtoken.paper.multimodal import figure5, table2, table4, table5, table6, table12
+from dualtoken.paper.multimodal import figure5, figure5_of_models, table2, table4, table5, table6, table12
 from dualtoken.paper.numbers import paper_figure, paper_table
+from dualtoken.paper.scored import TABLES, scored
 from dualtoken.paper.summary import write_summary
 from dualtoken.paper.table3 import table3
 from dualtoken.paper.tables import table1
-from dualtoken.tokenizer.presets import tokenizer_directory
 
 IMAGENET = "ImageNet-1K's validation set (--data, a folder of class folders; https://image-net.org)"
 TRAINED = f"{IMAGENET}, other pictures to train on (--train_data, as ImageNet's training set)"
-LATER = (
-    "train with dualtoken train-mllm (recipes qwen2.5-3b and qwen2.5-7b; --model.input, --model.output for ablations) "
-    "and measure with the benchmarks' own tools"
-)
+PHOTOS = "other pictures than it was trained on (--data, as ImageNet's validation set)"
+
+
+def _reports(id: str, tools: str) -> str:
+    """What a table of benchmarks needs."""
+    names = ", ".join(f"{name}=REPORT" for name in TABLES[id].names)
+    return (
+        f"reports of dualtoken eval scores on {tools}, of models that dualtoken train-mllm trained "
+        f"(--scores with some of {names}; docs/evaluation.md)"
+    )
+
+
 EXPERIMENTS = {
     "table1": Experiment(
         paper_table("table1").title, "dual codes keep the encoder's zero-shot accuracy and come back better",
         table1, 1.5, ("data", "weights", "encoder"),
-        f"{IMAGENET}, a tokenizer (--weights) and the encoder that it started from (--encoder)",
+        f"{IMAGENET}, a tokenizer (--weights), the encoder that it started from (--encoder), --flickr8k for retrieval",
     ),
     "table3": Experiment(
         paper_table("table3").title, "one codebook for both objectives collapses, two at two layers beat either alone",
@@ -50,23 +59,34 @@ EXPERIMENTS = {
         table10, 4, ("data", "train_data", "encoder"), f"{TRAINED} and ViTamin-L/16-256 (--encoder)",
     ),
     **{
-        id: Experiment(title, claim, make, minutes, (), LATER, full=False)
-        for id, title, claim, make, minutes in (
+        id: Experiment(title, claim, make, minutes, ("scores",), _reports(id, tools), partial(scored, id=id),
+                       multimodal=True, models=TABLES[id].names)
+        for id, title, claim, make, minutes, tools in (
             ("table2", paper_table("table2").title, "an LLM understands more through an encoder trained for meaning",
-             table2, 28),
+             table2, 28, "lmms-eval"),
             ("table4", paper_table("table4").title, "pixel codes beside the semantic ones help understanding",
-             table4, 28),
+             table4, 28, "lmms-eval"),
             ("table5", paper_table("table5b").title, "drawing both codes follows prompts better than pixel codes alone",
-             table5, 20),
+             table5, 20, "lmms-eval and GenAI-Bench"),
             ("table6", paper_table("table6").title, "one tokenizer draws better than two separate encoders",
-             table6, 25),
-            ("table12", paper_table("table12").title, "competitive on GenEval and WISE", table12, 2),
-            ("table11", paper_table("table11").title, "a second kind of codes costs little", table11, 2),
-            ("fig5", paper_figure("fig5").title, paper_figure("fig5").claim, figure5, 1),
+             table6, 25, "MJHQ-30K"),
+            ("table12", paper_table("table12").title, "competitive on GenEval and WISE", table12, 2,
+             "GenEval and WISE"),
         )
     },
+    "table11": Experiment(
+        paper_table("table11").title, "a second kind of codes costs little", table11, 2, ("weights",),
+        "a multimodal model (--weights), measured on this device", multimodal=True,
+    ),
+    "fig5": Experiment(
+        paper_figure("fig5").title, paper_figure("fig5").claim, figure5, 1, ("weights", "baseline", "data"),
+        "two multimodal models, one that draws both codes (--weights) and one of pixel codes alone (--baseline, "
+        "trained with --model.output pixel), and prompts, one a line (--data FILE)",
+        figure5_of_models, multimodal=True,
+    ),
     "fig6": Experiment(
-        paper_figure("fig6").title, paper_figure("fig6").claim, figure6, 6, (), LATER, full=False, package="umap",
+        paper_figure("fig6").title, paper_figure("fig6").claim, figure6, 6, ("data", "weights", "baseline"),
+        f"a tokenizer (--weights), one of two encoders (--baseline, recipe dual-encoder), and {PHOTOS}", package="umap",
     ),
     "fig3": Experiment(
         paper_figure("fig3").title, paper_figure("fig3").claim, figure3, 1, ("data", "encoder"),
@@ -97,16 +117,20 @@ def reproduce(
     budget: float = BUDGET,
     parts: str | None = None,
     inception: str | None = None,
+    baseline: str | None = None,
+    flickr8k: str | None = None,
+    scores: str | None = None,
 ) -> None:
     """Make a table or figure of the paper.
 
     Args:
-        id: table3, fig8, ...; "all"; or "list", which says what there is, what each needs, and what is made.
+        id: table3, fig8, ...; "all" (at full scale what the options given allow); or "list", which says what there is,
+            what each needs, and what is made.
         scale: "mini" (the bundled world and checkpoints, two cores) or "full" (the paper's, with data and weights).
         output: folder for ID.json, ID.md and pictures.
-        data: pictures to measure on, at full scale.
+        data: pictures to measure on, at full scale; for fig5 a file of prompts.
         train_data: other pictures, for tables that train tokenizers; the miniature has scenes of its own.
-        weights: the tokenizer that is measured: a directory.
+        weights: what is measured: the directory of a tokenizer, for table11 and fig5 of a multimodal model.
         encoder: the image-text encoder, or its image tower: a directory of ours, of Hugging Face or of open_clip.
         pictures: how many, at most.
         seed: of everything random.
@@ -114,6 +138,9 @@ def reproduce(
         budget: minutes of a table in miniature: at 30 every part is trained for its own steps, at 15 for half of them.
         parts: folder of trained parts, which tables share; default: OUTPUT/parts.
         inception: torch-fidelity's Inception weights, for rFID at full scale.
+        baseline: for fig5 and fig6, the model that --weights is compared with.
+        flickr8k: folder with Flickr8k as it is published, for table1's retrieval at full scale.
+        scores: NAME=REPORT,... for tables 2, 4, 5, 6 and 12 at full scale: reports of dualtoken eval scores.
     """
     if budget <= 0 or seed < 0:
         raise UserError(f"--budget {budget:g}, --seed {seed}: give a budget above 0 and a seed of at least 0")
@@ -121,20 +148,19 @@ def reproduce(
         raise UserError(f"--pictures {pictures}: give at least 1")
     if inception is not None and not Path(inception).is_file():
         raise UserError(f"--inception {inception}: no such file; it is published as {INCEPTION}")
-    if weights is not None:
-        tokenizer_directory(weights, "--weights")
     setting = Setting(
         scale, Path(output), data, train_data, weights, encoder, pictures, seed, budget,
-        Path(parts) if parts else None, inception,
+        Path(parts) if parts else None, inception, baseline, flickr8k, _named(scores),
     )  # fmt: skip
     if id == "list":
         rows = [
-            (name, e.title, f"{e.minutes * budget / BUDGET:.2g} min",
-             "yes" if finished(setting.out / f"{name}.json", setting) else "no", ", ".join(e.missing(setting)) or "-",
-             e.wants if e.full else f"not by this command: {e.wants}")
+            (name, f"{e.minutes * budget / BUDGET:.2g} min",
+             "yes" if finished(setting.out / f"{name}.json", setting) else "no", ", ".join(e.missing(setting)) or "-")
             for name, e in EXPERIMENTS.items()
         ]  # fmt: skip
-        print(table(("id", "what", "miniature", f"in {output}", "missing here", "full scale needs"), rows))
+        print(table(("id", "miniature", f"in {output}", "missing here"), rows))
+        for name, e in EXPERIMENTS.items():
+            print(f"\n{name}: {e.title}\n    --scale full needs {e.wants}")
         return
     if id != "all" and id not in EXPERIMENTS:
         near = get_close_matches(id, EXPERIMENTS, 1)
@@ -142,7 +168,7 @@ def reproduce(
         raise UserError(f"ID {id!r} is not a table or figure that can be made; {hint}")
     chosen = [id]
     if id == "all":
-        chosen = [name for name, experiment in EXPERIMENTS.items() if experiment.full or scale == "mini"]
+        chosen = [name for name in EXPERIMENTS if scale == "mini" or _possible(name, setting)]
     for name in chosen:
         EXPERIMENTS[name].check(name, setting)  # before any work
     for name in chosen:
@@ -153,3 +179,26 @@ def reproduce(
         run(name, EXPERIMENTS[name], setting)
     if id == "all":
         write_summary(setting.out, chosen)
+
+
+def _possible(name: str, setting: Setting) -> bool:
+    """Whether full scale has all that an experiment needs; what it lacks is said."""
+    try:
+        EXPERIMENTS[name].check(name, setting)
+    except UserError as error:
+        print(f"left out: {error}")
+        return False
+    return True
+
+
+def _named(scores: str | None) -> dict[str, str] | None:
+    """NAME=REPORT,... -> name -> file."""
+    if scores is None:
+        return None
+    pairs = [part.partition("=") for part in scores.split(",") if part]
+    wrong = [name for name, _, file in pairs if not file]
+    if wrong or not pairs:
+        raise UserError(f"--scores {scores}: give NAME=REPORT,... with reports of dualtoken eval scores")
+    if missing := [file for _, _, file in pairs if not Path(file).is_file()]:
+        raise UserError(f"--scores {missing[0]}: no such file; dualtoken eval scores --output writes it")
+    return {name: file for name, _, file in pairs}

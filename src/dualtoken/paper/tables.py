@@ -1,5 +1,8 @@
 """Tables of the tokenizer that need no training (table1)."""
 
+from pathlib import Path
+
+from dualtoken.core.errors import UserError
 from dualtoken.eval.commands import reconstruction, retrieval, zero_shot
 from dualtoken.eval.reconstruction import INCEPTION
 from dualtoken.paper.experiment import Result, Row, Setting
@@ -12,7 +15,13 @@ def table1(setting: Setting) -> Result:
     told |= {"data": setting.source, "images": setting.count(500, 50000)}
     names = {} if setting.scale == "mini" else {"classes": "imagenet", "templates": "openai"}
     seen = zero_shot(**told, **names)
-    found = retrieval(**told) if setting.scale == "mini" else {}
+    found = {}
+    if setting.scale == "mini":
+        found = retrieval(**told)
+    elif setting.flickr8k:
+        found = retrieval(setting.model, setting.encoder, **flickr8k(setting.flickr8k))
+        setting.protocol["retrieval"] = found["protocol"]
+        setting.skipped.extend(found["skipped"])
     back = reconstruction(**told, inception_weights=setting.inception)
     setting.skipped.extend(seen["skipped"] + back["skipped"])
     setting.protocol.update({"zero_shot": seen["protocol"], "reconstruction": back["protocol"]})
@@ -33,6 +42,30 @@ def table1(setting: Setting) -> Result:
             "table cannot be compared. `teacher_frechet` is a distance in the encoder's features, no FID."
         )
     else:
-        said.append("Retrieval wants pictures with captions: dualtoken eval retrieval (docs/evaluation.md).")
+        said += [] if setting.flickr8k else ["No retrieval without --flickr8k, the folder of that dataset."]
         said += [] if setting.inception else [f"No rFID without --inception: {INCEPTION}."]
     return Result(rows, said)
+
+
+def flickr8k(folder: str) -> dict[str, str]:
+    """Where a folder of Flickr8k has its pictures, captions and test names, as `eval retrieval` takes them.
+
+    As published first (Flicker8k_Dataset/, Flickr8k.token.txt) or at Kaggle (Images/, captions.txt), which lacks the
+    test names. Raises UserError for what is not there.
+    """
+    root = Path(folder)
+    found = {}
+    for option, names in {
+        "data": ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images"),
+        "captions": ("Flickr8k.token.txt", "captions.txt"),
+        "split_file": ("Flickr_8k.testImages.txt",),
+    }.items():
+        places = [place for name in names for place in (root / name, *sorted(root.glob(f"*/{name}")))]
+        there = [place for place in places if place.exists()]
+        if not there:
+            raise UserError(
+                f"--flickr8k {folder}: no {' or '.join(names)} in it; Flickr8k_Dataset.zip and Flickr8k_text.zip are "
+                "published at https://github.com/jbrownlee/Datasets/releases/tag/Flickr8k"
+            )
+        found[option] = str(there[0])
+    return found
