@@ -157,6 +157,12 @@ def mixture(weights, encode=None, **options):
     return MixtureBatches(SOURCE, weights, encode, **given)
 
 
+def test_a_chat_longer_than_the_context_of_the_language_model_is_one_line():
+    with pytest.raises(UserError, match=r"of the task story has \d+ tokens, the language model takes 20"):
+        mixture({"story": 1.0}, longest=20)[0]
+    assert mixture({"story": 1.0}, longest=256)[0].samples == 4
+
+
 def test_the_miniatures_mixture_wastes_less_than_a_twentieth():
     recipe = yaml.safe_load((ROOT / "recipes/mini-mllm.yaml").read_text())
     stage, data = recipe["recipe"]["4-1"], recipe["data"]

@@ -128,12 +128,20 @@ def test_what_cannot_be_used_is_counted_and_named():
     assert min(Counter(told).values()) == 2 and one.take_skipped() == []
 
 
+def test_a_chat_longer_than_the_context_of_the_language_model_is_refused_though_a_row_would_hold_it():
+    one = stream(Listed(6, 6, long=(10004,)), window=1, length=64, longest=16)
+    take(one, 10)
+    assert set(one.take_skipped()) == {"a: a chat of 21 tokens, the language model takes 16"}
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sources_without_a_chat_are_one_line(workers):
     with pytest.raises(UserError, match=r"--data.sources a: no chat in its 2 shards, the first: chat 1") as at:
         next(stream(Listed(1, 0, bad=(10000,)), workers=workers))
     assert "\n" not in str(at.value)
-    with pytest.raises(UserError, match=r"1000 chats in a row do not fit into rows of 16: raise --data.length"):
+    with pytest.raises(
+        UserError, match=r"1000 chats in a row are too long, .* 21 tokens: rows hold 16 \(--data.length\)"
+    ):
         next(stream(Listed(2, long=(10000, 10001)), workers=workers))
 
 

@@ -70,6 +70,11 @@ def test_two_objects_and_their_relation():
     assert right == 25 and reversed_ == 0
 
 
+def test_three_and_four_objects():
+    for objects, least in ((3, 59), (4, 57)):  # 1.0 and 0.98 of 150 of split "test"
+        assert sum(names(read_scene(s.render(48))) == names(s.objects) for s in scenes(objects, 60)) >= least
+
+
 def test_relation_takes_two_objects_and_the_longer_axis():
     red = SceneObject("circle", "red", "plain", "small", 0.25, 0.3, 0.16, COLORS["red"])
     blue = SceneObject("star", "blue", "striped", "small", 0.75, 0.45, 0.16, COLORS["blue"])

@@ -42,6 +42,7 @@ class MixtureBatches(Dataset):
         weights: task -> weight; tasks that the source lacks raise UserError.
         encode: a chat, and whether its text is hidden, to ids.
         fill: id of padding; length, round_to: of a row (see `pack`).
+        longest: tokens that a chat may have, as the LLM's context; None = as many as a row.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class MixtureBatches(Dataset):
         rank: int = 0,
         world_size: int = 1,
         round_to: int = 1,
+        longest: int | None = None,
     ):
         unknown = [task for task in weights if task not in source.tasks]
         if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
@@ -67,6 +69,7 @@ class MixtureBatches(Dataset):
         self.share = np.array([weights[t] for t in self.tasks]) / sum(weights.values())
         self.batch_size, self.length, self.fill, self.seed = batch_size, length, fill, seed
         self.rank, self.world_size, self.round_to = rank, world_size, round_to
+        self.longest = longest or length
 
     def __getitem__(self, step: int) -> PackedBatch:
         start = (step * self.world_size + self.rank) * self.batch_size
@@ -81,6 +84,10 @@ class MixtureBatches(Dataset):
             sample = self.stored.fill(sample)
         hide_text, hide_semantic = self.dropout.draw(rng, sample)
         tokens = self.encode(sample, hide_text)
+        if self.longest < len(tokens.ids) <= self.length:
+            raise UserError(
+                f"a chat of the task {task} has {len(tokens.ids)} tokens, the language model takes {self.longest}"
+            )
         if hide_semantic:
             tokens.draw_semantic = torch.zeros_like(tokens.draw_semantic)
         return tokens

@@ -68,12 +68,12 @@ class ReadBatches(IterableDataset):
                 draws += 1
                 source = sources[int(rng.choice(len(sources), p=stream.share))]
                 tokens = self._tokens(stream, next(source), rng)
-                if len(tokens.ids) > stream.length:
+                if len(tokens.ids) > stream.most:
                     refused += 1
-                    source.refuse(f"a chat of {len(tokens.ids)} tokens, rows hold {stream.length} (--data.length)")
+                    source.refuse(f"a chat of {len(tokens.ids)} tokens, {stream.bound}")
                     if refused == REFUSED:
-                        raise UserError(f"{REFUSED} chats in a row do not fit into rows of {stream.length}: raise "
-                                        f"--data.length; the last has {len(tokens.ids)} tokens")  # fmt: skip
+                        long = f"{REFUSED} chats in a row are too long, the last has {len(tokens.ids)} tokens"
+                        raise UserError(f"{long}: {stream.bound}")
                     continue
                 samples.append(tokens)
                 refused = 0
@@ -100,6 +100,7 @@ class ChatStream:
         batch_size, length, fill, round_to: see `pack`.
         window: chats that are shuffled together.
         workers: loading processes, 0 = none.
+        longest: tokens that a chat may have, as the LLM's context; None = as many as a row.
     Raises UserError for sources that cannot be mixed.
     """
 
@@ -118,6 +119,7 @@ class ChatStream:
         workers: int = 0,
         window: int = 64,
         round_to: int = 1,
+        longest: int | None = None,
     ):
         for name, source in sources.items():
             if not source.shards:
@@ -129,6 +131,9 @@ class ChatStream:
         self.sources, self.encode, self.dropout = sources, encode, dropout
         self.share = np.array([weights[name] for name in sources]) / sum(weights.values())
         self.batch_size, self.length, self.fill, self.round_to = batch_size, length, fill, round_to
+        self.most, self.bound = length, f"rows hold {length} (--data.length)"
+        if longest is not None and longest < length:
+            self.most, self.bound = longest, f"the language model takes {longest}"
         self.seed, self.rank, self.window = seed, rank, window
         self.processes, self.workers, self.loaded = world_size, max(1, workers), workers
         self.readers = self.processes * self.workers

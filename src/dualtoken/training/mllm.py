@@ -227,6 +227,7 @@ def _train_stage(
         "rank": run.accelerator.process_index,
         "world_size": run.accelerator.num_processes,
         "round_to": data.round_to,
+        "longest": model.context,
     }
     if data.sources:
         reading = {"workers": data.workers, "window": data.window}
