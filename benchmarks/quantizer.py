@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.measure import Case, Options, Work
 from benchmarks.plain_quantizer import PlainResidualQuantizer
-from dualtoken.tokenizer.quantizer import QuantizerConfig, ResidualQuantizer
+from dualtoken.tokenizer.quantizer import QuantizerConfig, ResidualQuantizer, rows_at_once
 
 REFERENCE_FILE = "modeling/rqvaesigliptransformer/rqvaesiglip/quantizations.py"
 SLOW = 2**14  # rows above which the references are left out: minutes, or tens of GB of distances
@@ -110,10 +110,11 @@ def agreement(quantizer: ResidualQuantizer, x: Tensor) -> dict[str, int]:
 def products(config: QuantizerConfig, rows: int, training: bool, options: Options) -> Work:
     x = inputs(config, rows, options.device)[0]
     table = torch.randn(config.code_dim, config.codebook_size, device=options.device)
+    block = rows_at_once(config.chunk, config.codebook_size, x.device)
 
     def run() -> None:
         for _ in range(config.depth):
-            for part in x.split(config.chunk):
+            for part in x.split(block):
                 part @ table
 
     return Work(run, rows, "rows")

@@ -25,6 +25,17 @@ def test_nearest_code_equals_brute_force_for_any_chunk(chunk):
     assert torch.equal(nearest_codes(x, weight, chunk), torch.cdist(x.double(), weight.double()).argmin(1))
 
 
+@pytest.mark.parametrize("codes", [100, 256, 1024])
+def test_nearest_code_is_the_first_of_equal_ones_whether_or_not_the_codebook_falls_into_runs(codes):
+    weight = torch.randint(-3, 4, (codes, 2)).float()  # 49 different rows; arithmetic is exact
+    x = torch.randint(-3, 4, (300, 2)).float()
+    wanted = [next(k for k, row in enumerate(weight) if torch.equal(row, one)) if (weight == one).all(1).any() else None
+              for one in x]  # fmt: skip
+    found = nearest_codes(x, weight, 64).tolist()
+    assert sum(w is not None for w in wanted) > 200
+    assert all(f == w for f, w in zip(found, wanted, strict=True) if w is not None)
+
+
 @pytest.mark.parametrize("kind", ["ema", "gradient"])
 def test_lookup_of_codes_is_the_quantised_value(kind):
     rvq, x = quantizer(codebook=kind).eval(), batch(1)

@@ -18,6 +18,8 @@ from dualtoken.core.distributed import all_reduce_sum, rank, world_size
 from dualtoken.core.errors import UserError
 
 ROWS = 2**14  # that `encode` takes through all depths at once
+CACHED = 2**20  # distances at once on a CPU, whose cache would not hold more
+RUN = 128  # columns among which the least is found first
 
 
 @dataclass
@@ -34,7 +36,7 @@ class QuantizerConfig:
         decay: rvq with "ema": of the moving averages.
         restart_below: rvq with "ema": a row whose moving count of uses a step falls below this is replaced by a
             vector of the batch; 0 = never.
-        chunk: rvq, mcq, simvq: rows whose distances to all K codes are held at once.
+        chunk: rvq, mcq, simvq: rows whose distances to all K codes are held at once; on a CPU fewer of a large K.
         search: rvq, mcq, simvq, on a GPU: "blocks" of `chunk` rows, or "triton", one kernel that holds no distances
             (`nearest_gpu.py`; tested in Triton's interpreter, not yet run on a GPU). CPUs always take blocks.
         levels: residual_fsq: values of each of its numbers; default: found between 3 and 8, large ones first.
@@ -89,7 +91,7 @@ class Quantized:
 def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks") -> Tensor:
     """Index of the nearest row of weight [K, C] for each row of x [M, C] -> int64 [M], lowest index on a tie.
 
-    Holds chunk x K distances, never M x K: blocks of that size stay in the cache, which is also the faster way.
+    Holds at most chunk x K distances, never M x K: blocks that stay in the cache are also the faster way.
     """
     if search == "triton" and x.is_cuda:
         from dualtoken.tokenizer.nearest_gpu import nearest_codes_gpu  # Triton is not on every machine
@@ -99,11 +101,31 @@ def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks")
     half_norms = 0.5 * weight.square().sum(1)
     table = weight.t().contiguous()
     # One place for the distances and one for the codes: small results between large ones would let the heap grow.
+    chunk = rows_at_once(chunk, len(weight), x.device)
     codes, room = x.new_empty(len(x), dtype=torch.int64), x.new_empty(min(chunk, len(x)), len(weight))
     for rows, found in zip(x.split(chunk), codes.split(chunk), strict=True):
-        distances = torch.addmm(half_norms, rows, table, alpha=-1, out=room[: len(rows)])
-        torch.argmin(distances, 1, out=found)
+        _argmin(torch.addmm(half_norms, rows, table, alpha=-1, out=room[: len(rows)]), found)
     return codes
+
+
+def rows_at_once(chunk: int, codes: int, device: torch.device) -> int:
+    """Rows of a block: `chunk`, on a CPU so few that their distances to all K codes stay in the cache."""
+    return chunk if device.type == "cuda" else max(1, min(chunk, CACHED // codes))
+
+
+def _argmin(distances: Tensor, found: Tensor) -> None:
+    """Where each row of distances [M, K] is least, the first place on a tie, into found int64 [M].
+
+    On a CPU torch's argmin takes as long as the product before it, its amin a twentieth of that; so first the least of
+    each run of columns, then the first such run and the first such place in it.
+    """
+    if distances.is_cuda or distances.shape[1] % RUN:
+        torch.argmin(distances, 1, out=found)
+        return
+    runs = distances.unflatten(1, (-1, RUN))
+    which = runs.amin(2).argmin(1)
+    inside = runs[torch.arange(len(runs), device=runs.device), which].argmin(1)
+    torch.add(inside, which, alpha=RUN, out=found)
 
 
 def entropy_loss(x: Tensor, rows: Tensor, temperature: float) -> Tensor:
