@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dualtoken.app.figures import draw_scatter
+from dualtoken.app.look import Branches
 from dualtoken.core.errors import UserError
-from dualtoken.core.images import to_float
 from dualtoken.data.images import DataConfig, open_source, read_in_order
 from dualtoken.mllm.presets import SHAPES, open_mllm
 from dualtoken.mllm.projector import two_layers
@@ -17,7 +17,6 @@ from dualtoken.paper.measure import BATCH, device
 from dualtoken.paper.multimodal import two_encoders
 from dualtoken.paper.numbers import paper_table
 from dualtoken.paper.trained import minutes, train_parts
-from dualtoken.tokenizer.presets import open_tokenizer
 
 FULL = "paper-3b"
 MEASURES = ("training memory, MiB", "drawing one picture, s", "forward, GFLOPs")
@@ -79,22 +78,15 @@ def figure6(setting: Setting) -> Result:
 
     parts = [] if setting.baseline else [two_encoders(setting).part(setting)]
     other = setting.baseline or str(*train_parts(parts, setting))
-    one, two = (open_tokenizer(name).to(device()) for name in (setting.model, other))
-    if two.pixel_encoder is None or two.image_size != one.image_size:
-        raise UserError(
-            f"--baseline {other}: give a tokenizer of two encoders (recipe dual-encoder) for {one.image_size} px"
-        )
+    one, two = Branches(setting.model, False, "--weights"), Branches(other, False, "--baseline")
+    if two.tokenizer.pixel_encoder is None or two.size != one.size:
+        raise UserError(f"--baseline {other}: give a tokenizer of two encoders (recipe dual-encoder) for {one.size} px")
     count = setting.count(500, 1000)
-    layers = (one.backbone.pixel_layer, one.backbone.semantic_layer)
     clouds = {"one encoder: shallow and deep layer": Clouds(count, WIDTH), "two encoders": Clouds(count, WIDTH)}
-    source = open_source(DataConfig(setting.source), one.image_size, "test", "--data")
+    source = open_source(DataConfig(setting.source), one.size, "test", "--data")
     for batch in read_in_order(source, count, BATCH, setting.skipped):
-        images = to_float(batch.images.to(device()))
-        with torch.no_grad():
-            (deep,) = two.backbone.taps(images, (two.backbone.semantic_layer,))
-            pairs = one.backbone.taps(images, layers), (two.pixel_encoder(images), deep)
-        for cloud, pair in zip(clouds.values(), pairs, strict=True):
-            cloud.add(*pair)
+        for cloud, branches in zip(clouds.values(), (one, two), strict=True):
+            cloud.add(*branches(batch.images))
     rows, panels = [], {}
     for name, cloud in clouds.items():
         first, second = cloud.rows(normalize=True)

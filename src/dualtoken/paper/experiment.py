@@ -3,13 +3,12 @@
 Measured numbers and the paper's stand in columns of their own and are never mixed; every file says its scale.
 """
 
-import hashlib
 import json
 import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from dualtoken.mllm.presets import mllm_directory
 from dualtoken.tokenizer.presets import tokenizer_directory
 
 Scale = Literal["mini", "full"]
+OPTIONS = ("data", "train_data", "weights", "encoder", "baseline", "inception", "lpips", "flickr8k", "scores")
 SPREAD = " sd"  # ends the name of a standard deviation over seeds, which stands beside its measure
 BUDGET = 30.0  # minutes of a table for which the steps of the miniatures are meant
 
@@ -40,10 +40,13 @@ class Setting:
         budget: minutes of a table; trains every part for `budget / BUDGET` of its steps (mini only).
         parts: folder of trained parts; None = in `out`.
         inception: torch-fidelity's Inception weights, for rFID.
+        lpips: torchvision's VGG-16 weights, for LPIPS in the tokenizers that are trained (full only).
         baseline: what the paper compares the weights with, where it is a model of its own.
         flickr8k: folder of Flickr8k, for retrieval.
         scores: model -> report of `dualtoken eval scores`, for tables of the benchmarks' own tools (`paper/scored.py`).
-        skipped, protocol: pictures that could not be read, and how it was measured; filled while an experiment runs.
+        again: nothing that was measured before is taken.
+        skipped, protocol, made: pictures that could not be read, how it was measured, and the commits of trained parts
+            and measures that were there before; filled while an experiment runs.
     """
 
     scale: Scale = "mini"
@@ -57,11 +60,14 @@ class Setting:
     budget: float = BUDGET
     parts: Path | None = None
     inception: str | None = None
+    lpips: str | None = None
     baseline: str | None = None
     flickr8k: str | None = None
     scores: dict[str, str] | None = None
+    again: bool = False
     skipped: list[str] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
 
     @property
     def source(self) -> str:
@@ -76,12 +82,10 @@ class Setting:
     @property
     def asked(self) -> dict[str, Any]:
         """All that a result depends on but the seed and the code, as ID.json has it."""
-        return {
-            "scale": self.scale, "model": self.model, "data": self.source, "train_data": self.train_source,
-            "encoder": self.encoder, "at_most": self.pictures, "inception": self.inception, "budget": self.budget,
-            "baseline": self.baseline, "flickr8k": self.flickr8k,
-            "scores": {name: [file, _digest(file)] for name, file in (self.scores or {}).items()},
-        }  # fmt: skip
+        given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
+        files = [file for value in given.values() for file in (value.values() if isinstance(value, dict) else [value])]
+        asked = {"scale": self.scale, "at_most": self.pictures, "options": given, "stamps": [*map(_stamp, files)]}
+        return asked | ({"budget": self.budget} if self.scale == "mini" else {})
 
     @property
     def model(self) -> str:
@@ -133,8 +137,10 @@ class Experiment:
         claim: what the paper says of it, in our words.
         make: does the work; pictures are written into `Setting.out`.
         minutes: of the miniature on two cores, about.
-        needs: options that full scale needs: "data", "train_data", "weights", "encoder", "baseline", "scores".
+        needs: of `OPTIONS`, what full scale needs.
         wants: which data and weights these are in the paper.
+        also, mini: of `OPTIONS`, what full scale takes too, and what the miniature takes.
+        ready: raises UserError where what is given does not do, before the long work of full scale.
         full: does the work at full scale, where `make` is for the miniature alone.
         multimodal: whether `Setting.weights` is a multimodal model here; else it is a tokenizer.
         models: names that `Setting.scores` may have.
@@ -147,10 +153,34 @@ class Experiment:
     minutes: float
     needs: tuple[str, ...]
     wants: str
+    also: tuple[str, ...] = ()
+    mini: tuple[str, ...] = ()
+    ready: Callable[[Setting], None] | None = None
     full: Callable[[Setting], Result] | None = None
     multimodal: bool = False
     models: tuple[str, ...] = ()
     package: str | None = None
+
+    def own(self, setting: Setting) -> Setting:
+        """The setting without what the experiment does not take; of the reports, those of its models."""
+        takes = self.needs + self.also if setting.scale == "full" else self.mini
+        changes: dict[str, Any] = {name: None for name in OPTIONS if name not in takes}
+        if "scores" in takes and setting.scores:
+            changes["scores"] = {n: file for n, file in setting.scores.items() if n in self.models} or None
+        return replace(setting, **changes)
+
+    def refuse(self, id: str, setting: Setting) -> None:
+        """Raise UserError for options that the experiment does not take."""
+        own, scale = self.own(setting), "at full scale" if setting.scale == "full" else "in miniature"
+        for name in OPTIONS:
+            given, taken = getattr(setting, name), getattr(own, name)
+            if given is None or given == taken:
+                continue
+            if name == "scores" and self.models and setting.scale == "full":
+                unknown = next(model for model in given if model not in self.models)
+                known = ", ".join(self.models)
+                raise UserError(f"--scores {unknown}=...: {id} has no model of that name; it has {known}")
+            raise UserError(f"--{name} {given}: reproduce {id} does not take it {scale}")
 
     def missing(self, setting: Setting) -> list[str]:
         """What is not at hand: options of full scale that are not given, and the package."""
@@ -175,27 +205,27 @@ class Experiment:
                 f"{id} needs the extra `{self.package}`: pip install 'dualtoken[{self.package}]', "
                 f"or in a checkout uv run --extra {self.package} dualtoken reproduce"
             )
-        unknown = [name for name in setting.scores or {} if self.models and name not in self.models]
-        if unknown and setting.scale == "full":
-            raise UserError(
-                f"--scores {unknown[0]}=...: {id} has no model of that name; it has {', '.join(self.models)}"
-            )
+        if setting.scale == "full" and self.ready is not None:
+            self.ready(setting)
 
 
 def run(id: str, experiment: Experiment, setting: Setting) -> Path:
-    """Make an experiment and write ID.json, ID.md and its pictures into `setting.out`; returns the JSON file."""
-    experiment.check(id, setting)
+    """Make an experiment and write ID.json, ID.md and its pictures into `setting.out`; returns the JSON file.
+
+    `experiment.check` has passed.
+    """
     setting.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     setting.skipped.clear()
     setting.protocol.clear()
+    setting.made.clear()
     make = experiment.full if setting.scale == "full" and experiment.full else experiment.make
     result = make(setting)
     found = {
         "id": id, "title": experiment.title, "claim": experiment.claim, **setting.asked,
-        "seeds": result.seeds or [setting.seed], "commit": commit() or metadata.version("dualtoken"),
-        "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2), "parts": result.parts,
-        "findings": result.findings,
+        "seeds": result.seeds or [setting.seed], "commit": version(),
+        "made_at": sorted(setting.made), "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2),
+        "parts": result.parts, "findings": result.findings,
         "pictures": result.pictures, "skipped": sorted(set(setting.skipped)), "protocol": setting.protocol,
         "rows": [asdict(row) | {"scale": setting.scale} for row in result.rows],
     }  # fmt: skip
@@ -220,15 +250,23 @@ def page(found: dict[str, Any]) -> str:
     lines += [""] if found.get("protocol") else []
     if found.get("skipped"):
         lines.append(f"{len(found['skipped'])} pictures could not be read, the first: {found['skipped'][0]}\n")
-    told = f"Model {found['model']}, data {found['data']}, seeds {found['seeds']}, "
-    told += f"commit {found['commit'] or 'unknown'}"
+    told = f"Seeds {found['seeds']}, commit {found['commit'] or 'unknown'}"
+    if earlier := [one for one in found.get("made_at", []) if one != found["commit"]]:
+        told += f" (parts and measures kept from {', '.join(earlier)})"
     if found["parts"]:
         trained = f"{len(found['parts'])} trained parts, {sum(found['parts'].values()):.1f} minutes of training in all"
-        told += f", {trained} (budget {found['budget']:g})"
-    lines.append(
-        f"{told}, {found['hardware']}, {found['minutes']} minutes this time: `dualtoken reproduce {found['id']}`."
-    )
+        told += f", {trained}" + (f" (budget {found['budget']:g})" if "budget" in found else "")
+    lines.append(f"{told}, {found['hardware']}, {found['minutes']} minutes this time: `{command_of(found)}`.")
     return "\n".join(lines) + "\n"
+
+
+def command_of(found: dict[str, Any]) -> str:
+    """What makes a result anew."""
+    words = ["dualtoken reproduce", found["id"], *(["--scale full"] if found["scale"] == "full" else [])]
+    for name, value in found.get("options", {}).items():
+        listed = ",".join(f"{n}={file}" for n, file in value.items()) if isinstance(value, dict) else value
+        words.append(f"--{name} {listed}")
+    return " ".join(words)
 
 
 def columns_of(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -241,8 +279,9 @@ def columns_of(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def shown(values: dict[str, Any], key: str) -> str:
     """A measure as text, over several seeds with its standard deviation: "14.49 ± 0.6"."""
-    spread = values.get(key + SPREAD)
-    return cell(values.get(key)) + (f" ± {float(f'{spread:.2g}'):g}" if spread is not None else "")
+    value, spread = values.get(key), values.get(key + SPREAD)
+    large = isinstance(value, float) and abs(value) >= 1000  # the paper has 1492.9 points
+    return (f"{value:.1f}" if large else cell(value)) + (f" ± {float(f'{spread:.2g}'):g}" if spread is not None else "")
 
 
 def finished(place: Path, setting: Setting) -> bool:
@@ -251,25 +290,37 @@ def finished(place: Path, setting: Setting) -> bool:
         found = json.loads(place.read_text())
     except (OSError, ValueError):
         return False
-    version = commit() or metadata.version("dualtoken")
     same = all(found.get(key) == value for key, value in setting.asked.items()) and found["seeds"][0] == setting.seed
-    return same and found.get("commit") == version
+    return same and found.get("commit") == version()
 
 
-def _digest(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+def _stamp(file: str) -> list[list[int]]:
+    """Size and time of a file, or of the weights in a directory, so that a model trained anew is another one."""
+    place = Path(file)
+    found = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+    return [[one.stat().st_size, one.stat().st_mtime_ns] for one in found]
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with a plus where it was changed; None for an installed package."""
-    try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return said.stdout.strip() or None
+    """The commit of the checkout, with a plus where it was changed; None for a package that is not part of one."""
+    asked = ["ls-files", "--error-unmatch", Path(__file__).name], ["describe", "--always", "--dirty=+", "--exclude=*"]
+    said = ""
+    for words in asked:
+        try:
+            done = subprocess.run(
+                ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+        said = done.stdout.strip()
+    return said or None
+
+
+def version() -> str:
+    """The commit, of an installed package its version."""
+    return commit() or metadata.version("dualtoken")
 
 
 def hardware() -> str:

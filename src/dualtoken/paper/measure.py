@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_float
 from dualtoken.data.images import Batch, DataConfig, open_source, read_in_order
 from dualtoken.eval.commands import reconstruction, zero_shot
-from dualtoken.eval.reconstruction import evaluate_reconstruction
+from dualtoken.eval.prompts import class_names
+from dualtoken.eval.reconstruction import evaluate_reconstruction, inception_distance
 from dualtoken.eval.zero_shot import Embed, accuracy, class_vectors, embed_texts, quantized_embed, retrieval
 from dualtoken.paper.experiment import SPREAD, Setting
 from dualtoken.paper.trained import Part, digest, remembered
@@ -31,6 +33,19 @@ MEANING = ("zero_shot", "text_to_image", "image_to_text", "teacher_cosine")
 def device() -> str:
     """Where models run."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_measuring(setting: Setting) -> None:
+    """Raise UserError where pictures, names, encoder or Inception do not do: before days of training, not after."""
+    pair = open_image_text(setting.encoder)
+    source = open_source(DataConfig(setting.source), pair.encoder.backbone.image_size, "test", "--data")
+    if not source.classes:
+        raise UserError(f"--data {setting.data}: no class folders in it; zero-shot accuracy needs a folder a class")
+    class_names("imagenet", source.classes)
+    if setting.train_data is not None:
+        open_source(DataConfig(setting.train_data), pair.encoder.backbone.image_size, "train", "--train_data")
+    if setting.inception is not None:
+        inception_distance(setting.inception)
 
 
 class Judge:
@@ -72,7 +87,7 @@ class Judge:
         where = [told for told in (self.setting.data, self.setting.inception) if told]
         mark = f"-{digest(where)}" if where else ""
         place = folder / f"measured-{self.setting.scale}-{self.count}{mark}.json"
-        found = remembered(place, lambda: self._measure(model))
+        found = remembered(place, self.setting, lambda: self._measure(model))
         self.setting.skipped.extend(found.pop("skipped", []))
         self.setting.protocol.update(found.pop("protocol", {}))
         wanted = {name for names, asked in ((PIXELS, pixels), (MEANING, meaning)) if asked for name in names}

@@ -76,7 +76,7 @@ def understands(setting: Setting, part: Part) -> Numbers:
         shares |= found["vqa_by_type"] | {f"caption: {name}": value for name, value in found["captions"].items()}
         return {name: 100 * value["share"] for name, value in shares.items()}
 
-    return remembered(part.folder(setting) / f"understands-{number}.json", ask)
+    return remembered(part.folder(setting) / f"understands-{number}.json", setting, ask)
 
 
 def verdict(ours: float, other: float, number: int, claimed: bool = True) -> str:
@@ -195,8 +195,8 @@ def figure5(setting: Setting) -> Result:
     return Result(rows, said, FIGURE5, minutes(list(parts.values()), setting))
 
 
-def figure5_of_models(setting: Setting) -> Result:
-    """Figure 5 at full scale: prompts of a file, drawn by two models that are at hand. No rule judges them."""
+def figure5_prompts(setting: Setting) -> list[str]:
+    """The prompts of a file, one a line. Raises UserError where it has none."""
     try:
         lines = Path(setting.data).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -204,6 +204,12 @@ def figure5_of_models(setting: Setting) -> Result:
     prompts = [line.strip() for line in lines if line.strip()][: setting.count(SHOWN, SHOWN)]
     if not prompts:
         raise UserError(f"--data {setting.data}: no prompt in it")
+    return prompts
+
+
+def figure5_of_models(setting: Setting) -> Result:
+    """Figure 5 at full scale: prompts of a file, drawn by two models that are at hand. No rule judges them."""
+    prompts = figure5_prompts(setting)
     _figure5(setting, {"both codes": setting.weights, "pixel codes": setting.baseline}, prompts)
     rows = [Row(name, {"prompts": len(prompts)}) for name in ("both codes", "pixel codes")]
     return Result(rows, ["Look at the picture: nothing is judged here."], FIGURE5)

@@ -1,5 +1,6 @@
 """`dualtoken reproduce ID`: a table or figure of the paper, in miniature in minutes or at full scale."""
 
+import json
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -10,27 +11,38 @@ from dualtoken.eval.reconstruction import INCEPTION
 from dualtoken.eval.report import table
 from dualtoken.paper.ablations import table7, table8, table9, table10
 from dualtoken.paper.costs import figure6, table11
-from dualtoken.paper.experiment import BUDGET, Experiment, Setting, finished, run
+from dualtoken.paper.experiment import BUDGET, Experiment, Setting, command_of, finished, run
 from dualtoken.paper.layers import figure3, figure7, figure8
-from dualtoken.paper.multimodal import figure5, figure5_of_models, table2, table4, table5, table6, table12
+from dualtoken.paper.measure import check_measuring
+from dualtoken.paper.multimodal import (
+    figure5,
+    figure5_of_models,
+    figure5_prompts,
+    table2,
+    table4,
+    table5,
+    table6,
+    table12,
+)
 from dualtoken.paper.numbers import paper_figure, paper_table
 from dualtoken.paper.scored import TABLES, scored
 from dualtoken.paper.summary import write_summary
 from dualtoken.paper.table3 import table3
-from dualtoken.paper.tables import table1
+from dualtoken.paper.tables import check_table1, table1
 
 IMAGENET = "ImageNet-1K's validation set (--data, a folder of class folders; https://image-net.org)"
 TRAINED = f"{IMAGENET}, other pictures to train on (--train_data, as ImageNet's training set)"
 PHOTOS = "other pictures than it was trained on (--data, as ImageNet's validation set)"
 
 
+APART = "one backbone a run, each with an --output of its own and all with one --parts"
+MEASURING = {"also": ("inception", "lpips"), "mini": ("data", "train_data", "encoder"), "ready": check_measuring}
+
+
 def _reports(id: str, tools: str) -> str:
     """What a table of benchmarks needs."""
     names = ", ".join(f"{name}=REPORT" for name in TABLES[id].names)
-    return (
-        f"reports of dualtoken eval scores on {tools}, of models that dualtoken train-mllm trained "
-        f"(--scores with some of {names}; docs/evaluation.md)"
-    )
+    return f"reports of dualtoken eval scores on {tools} (--scores with some of {names}; docs/full-scale.md)"
 
 
 EXPERIMENTS = {
@@ -38,15 +50,17 @@ EXPERIMENTS = {
         paper_table("table1").title, "dual codes keep the encoder's zero-shot accuracy and come back better",
         table1, 1.5, ("data", "weights", "encoder"),
         f"{IMAGENET}, a tokenizer (--weights), the encoder that it started from (--encoder), --flickr8k for retrieval",
+        also=("inception", "flickr8k"), mini=("data", "weights", "encoder"), ready=check_table1,
     ),
     "table3": Experiment(
         paper_table("table3").title, "one codebook for both objectives collapses, two at two layers beat either alone",
         table3, 30, ("data", "train_data", "encoder"), f"{TRAINED} and google/siglip-so400m-patch14-384 (--encoder)",
+        **MEASURING,
     ),
     **{
         id: Experiment(
             paper_table(id).title, claim, make, minutes, ("data", "train_data", "encoder"),
-            f"{TRAINED} and one of the backbones (--encoder); one backbone a run",
+            f"{TRAINED} and one of the backbones (--encoder); {APART}", **MEASURING,
         )
         for id, claim, make, minutes in (
             ("table7", "the first quarter of the layers is the place for pixels, deeper ones are worse", table7, 18),
@@ -57,10 +71,12 @@ EXPERIMENTS = {
     "table10": Experiment(
         paper_table("table10").title, "with UniTok's quantizer, MCQ, dual codes are better still",
         table10, 4, ("data", "train_data", "encoder"), f"{TRAINED} and ViTamin-L/16-256 (--encoder)",
+        **MEASURING,
     ),
     **{
-        id: Experiment(title, claim, make, minutes, ("scores",), _reports(id, tools), partial(scored, id=id),
-                       multimodal=True, models=TABLES[id].names)
+        id: Experiment(title, claim, make, minutes, ("scores",), _reports(id, tools), models=TABLES[id].names,
+                       full=partial(scored, id=id), ready=partial(scored, id=id), multimodal=True,
+                       mini=("weights",) if id == "table12" else ())
         for id, title, claim, make, minutes, tools in (
             ("table2", paper_table("table2").title, "an LLM understands more through an encoder trained for meaning",
              table2, 28, "lmms-eval"),
@@ -76,29 +92,30 @@ EXPERIMENTS = {
     },
     "table11": Experiment(
         paper_table("table11").title, "a second kind of codes costs little", table11, 2, ("weights",),
-        "a multimodal model (--weights), measured on this device", multimodal=True,
+        "a multimodal model (--weights), measured on this device", mini=("weights",), multimodal=True,
     ),
     "fig5": Experiment(
         paper_figure("fig5").title, paper_figure("fig5").claim, figure5, 1, ("weights", "baseline", "data"),
         "two multimodal models, one that draws both codes (--weights) and one of pixel codes alone (--baseline, "
-        "trained with --model.output pixel), and prompts, one a line (--data FILE)",
-        figure5_of_models, multimodal=True,
+        "trained with --model.output pixel), and prompts, one a line (--data FILE): the first 8, or --pictures",
+        full=figure5_of_models, ready=figure5_prompts, multimodal=True,
     ),
     "fig6": Experiment(
         paper_figure("fig6").title, paper_figure("fig6").claim, figure6, 6, ("data", "weights", "baseline"),
-        f"a tokenizer (--weights), one of two encoders (--baseline, recipe dual-encoder), and {PHOTOS}", package="umap",
+        f"a tokenizer (--weights), one of two encoders (--baseline, recipe dual-encoder), and {PHOTOS}",
+        mini=("data", "weights", "baseline"), package="umap",
     ),
     "fig3": Experiment(
         paper_figure("fig3").title, paper_figure("fig3").claim, figure3, 1, ("data", "encoder"),
-        f"{IMAGENET} and google/siglip-so400m-patch14-384 (--encoder)",
+        f"{IMAGENET} and google/siglip-so400m-patch14-384 (--encoder)", mini=("data", "encoder"),
     ),
     "fig7": Experiment(
         paper_figure("fig7").title, paper_figure("fig7").claim, figure7, 8, ("data", "encoder"),
-        f"{IMAGENET} and one of the backbones (--encoder)",
+        f"{IMAGENET} and one of the backbones (--encoder); {APART}", mini=("data", "encoder"),
     ),
     "fig8": Experiment(
         paper_figure("fig8").title, paper_figure("fig8").claim, figure8, 0.5, ("data", "encoder"),
-        f"{IMAGENET} and google/siglip-so400m-patch14-384 (--encoder)",
+        f"{IMAGENET} and google/siglip-so400m-patch14-384 (--encoder)", mini=("data", "encoder"),
     ),
 }  # fmt: skip
 
@@ -117,6 +134,7 @@ def reproduce(
     budget: float = BUDGET,
     parts: str | None = None,
     inception: str | None = None,
+    lpips: str | None = None,
     baseline: str | None = None,
     flickr8k: str | None = None,
     scores: str | None = None,
@@ -134,10 +152,13 @@ def reproduce(
         encoder: the image-text encoder, or its image tower: a directory of ours, of Hugging Face or of open_clip.
         pictures: how many, at most.
         seed: of everything random.
-        again: make it also where the folder holds it, made at the same commit.
+        again: make it also where the folder holds it, made at the same commit, and measure everything anew; trained
+            parts are kept.
         budget: minutes of a table in miniature: at 30 every part is trained for its own steps, at 15 for half of them.
         parts: folder of trained parts, which tables share; default: OUTPUT/parts.
         inception: torch-fidelity's Inception weights, for rFID at full scale.
+        lpips: torchvision's VGG-16 weights, for LPIPS in the tokenizers that are trained at full scale; without it
+            features of the encoder take its place.
         baseline: for fig5 and fig6, the model that --weights is compared with.
         flickr8k: folder with Flickr8k as it is published, for table1's retrieval at full scale.
         scores: NAME=REPORT,... for tables 2, 4, 5, 6 and 12 at full scale: reports of dualtoken eval scores.
@@ -148,14 +169,18 @@ def reproduce(
         raise UserError(f"--pictures {pictures}: give at least 1")
     if inception is not None and not Path(inception).is_file():
         raise UserError(f"--inception {inception}: no such file; it is published as {INCEPTION}")
+    if lpips is not None and not Path(lpips).is_file():
+        raise UserError(f"--lpips {lpips}: no such file; it is torchvision's vgg16-397923af.pth")
     setting = Setting(
         scale, Path(output), data, train_data, weights, encoder, pictures, seed, budget,
-        Path(parts) if parts else None, inception, baseline, flickr8k, _named(scores),
+        Path(parts) if parts else None, inception, lpips, baseline, flickr8k, _named(scores), again,
     )  # fmt: skip
+    own = {name: experiment.own(setting) for name, experiment in EXPERIMENTS.items()}
     if id == "list":
         rows = [
             (name, f"{e.minutes * budget / BUDGET:.2g} min",
-             "yes" if finished(setting.out / f"{name}.json", setting) else "no", ", ".join(e.missing(setting)) or "-")
+             "yes" if finished(setting.out / f"{name}.json", own[name]) else "no",
+             ", ".join(e.missing(own[name])) or "-")
             for name, e in EXPERIMENTS.items()
         ]  # fmt: skip
         print(table(("id", "miniature", f"in {output}", "missing here"), rows))
@@ -166,19 +191,37 @@ def reproduce(
         near = get_close_matches(id, EXPERIMENTS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}, all and list"
         raise UserError(f"ID {id!r} is not a table or figure that can be made; {hint}")
-    chosen = [id]
     if id == "all":
-        chosen = [name for name in EXPERIMENTS if scale == "mini" or _possible(name, setting)]
-    for name in chosen:
-        EXPERIMENTS[name].check(name, setting)  # before any work
+        chosen = [name for name in EXPERIMENTS if scale == "mini" or _possible(name, own[name])]
+        if not chosen:
+            raise UserError("reproduce all --scale full: nothing can be made of these options (see above)")
+    else:
+        EXPERIMENTS[id].refuse(id, setting)
+        chosen = [id]
     for name in chosen:
         place = setting.out / f"{name}.json"
-        if not again and finished(place, setting):
+        _keep(place, name, own[name])
+        if scale == "mini" or id != "all":
+            EXPERIMENTS[name].check(name, own[name])  # before any work
+    for name in chosen:
+        place = setting.out / f"{name}.json"
+        if not again and finished(place, own[name]):
             print(f"{name} is done: {place}")
             continue
-        run(name, EXPERIMENTS[name], setting)
+        run(name, EXPERIMENTS[name], own[name])
     if id == "all":
         write_summary(setting.out, chosen)
+
+
+def _keep(place: Path, name: str, setting: Setting) -> None:
+    """Raise UserError where a file holds the result of another scale or of other options, unless --again."""
+    try:
+        found = json.loads(place.read_text())
+    except (OSError, ValueError):
+        return
+    other = found.get("scale") != setting.scale or found.get("options", {}) != setting.asked["options"]
+    if other and not setting.again:
+        raise UserError(f"{place} holds what `{command_of(found)}` made: give another --output, or --again true")
 
 
 def _possible(name: str, setting: Setting) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken.app.report import SCALES, Page
-from dualtoken.paper.experiment import columns_of, shown
+from dualtoken.paper.experiment import columns_of, command_of, shown
 
 
 def write_summary(folder: Path, ids: Sequence[str]) -> Path:
@@ -38,6 +38,7 @@ def add_result(page: Page, folder: Path, result: dict[str, Any]) -> None:
         page.text(finding)
     for name, caption in result["pictures"].items():
         page.picture(folder / name, caption, f"{result['title']}: {caption}")
-    how = f"Data {result['data']}, seeds {result['seeds']}, commit {result['commit'] or 'unknown'}"
-    took = f"{result['hardware']}, {result['minutes']} minutes, budget {result['budget']:g}"
-    page.text(f"{how}, {took}: dualtoken reproduce {result['id']}")
+    how = f"Seeds {result['seeds']}, commit {result['commit'] or 'unknown'}"
+    took = f"{result['hardware']}, {result['minutes']} minutes"
+    took += f", budget {result['budget']:g}" if "budget" in result else ""
+    page.text(f"{how}, {took}: {command_of(result)}")

@@ -6,6 +6,7 @@ from dualtoken.core.errors import UserError
 from dualtoken.eval.commands import reconstruction, retrieval, zero_shot
 from dualtoken.eval.reconstruction import INCEPTION
 from dualtoken.paper.experiment import Result, Row, Setting
+from dualtoken.paper.measure import check_measuring
 from dualtoken.paper.numbers import paper_table
 
 
@@ -36,22 +37,29 @@ def table1(setting: Setting) -> Result:
     rows += [Row(row.name, {}, row.values) for row in paper_table("table1").rows]
     lost = 100 * (accuracy["teacher"] - accuracy["codes"])
     said = [f"Codes lose {lost:.1f} points of zero-shot accuracy to the continuous encoder."]
-    if setting.scale == "mini":
+    if setting.source == "scenes":
         said.append(
             "The miniature is measured on drawn scenes of 48 classes, the paper on ImageNet: the two sides of the "
             "table cannot be compared. `teacher_frechet` is a distance in the encoder's features, no FID."
         )
-    else:
+    if setting.scale == "full":
         said += [] if setting.flickr8k else ["No retrieval without --flickr8k, the folder of that dataset."]
         said += [] if setting.inception else [f"No rFID without --inception: {INCEPTION}."]
     return Result(rows, said)
 
 
+def check_table1(setting: Setting) -> None:
+    """Raise UserError where something given does not do, before 50000 pictures are measured."""
+    check_measuring(setting)
+    if setting.flickr8k:
+        flickr8k(setting.flickr8k)
+
+
 def flickr8k(folder: str) -> dict[str, str]:
     """Where a folder of Flickr8k has its pictures, captions and test names, as `eval retrieval` takes them.
 
-    As published first (Flicker8k_Dataset/, Flickr8k.token.txt) or at Kaggle (Images/, captions.txt), which lacks the
-    test names. Raises UserError for what is not there.
+    As published first (Flicker8k_Dataset/, Flickr8k.token.txt) or at Kaggle (Images/, captions.txt); the latter
+    lacks the test names, which Flickr8k_text.zip has. Raises UserError for what is not there.
     """
     root = Path(folder)
     found = {}

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dualtoken.data.scene_chat import SceneChatConfig, SceneChats
-from dualtoken.paper.experiment import Setting
+from dualtoken.paper.experiment import Setting, version
 from dualtoken.tokenizer.presets import BUNDLED, RECIPES, open_tokenizer
 from dualtoken.training.encoder import train_encoder
 from dualtoken.training.mllm import train_mllm
@@ -104,18 +104,24 @@ def minutes(parts: Sequence[Part], setting: Setting) -> dict[str, float]:
     for part in parts:
         found |= minutes(list(part.models.values()), setting)
         folder = part.folder(setting)
-        found[folder.name] = json.loads((folder / DONE).read_text())["minutes"]
+        told = json.loads((folder / DONE).read_text())
+        found[folder.name] = told["minutes"]
+        setting.made |= {told["commit"]} if "commit" in told else set()
     return found
 
 
-def remembered(place: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a JSON file holds, or what is made now and kept in it."""
-    if not place.is_file():
-        found = make()
+def remembered(place: Path, setting: Setting, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured before and is kept in a JSON file, or is measured now; its commit goes to `setting.made`."""
+    if setting.again or not place.is_file():
+        kept = {"commit": version(), "found": make()}
         draft = place.with_suffix(".draft")
-        draft.write_text(json.dumps(found, indent=1))
+        draft.write_text(json.dumps(kept, indent=1))
         draft.rename(place)
-    return json.loads(place.read_text())
+    kept = json.loads(place.read_text())
+    if "found" not in kept:  # as it was kept before commits were
+        return kept
+    setting.made.add(kept["commit"])
+    return kept["found"]
 
 
 def merge(written: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +180,12 @@ def _run(part: Part, folder: Path, models: dict[str, Path], setting: Setting) ->
     COMMANDS[part.command](**parser.instantiate(parsed).as_dict())
     for states in folder.rglob("states"):
         shutil.rmtree(states)
-    told = {"minutes": round((time.time() - start) / 60, 3), "command": part.command, "content": content}
+    told = {
+        "minutes": round((time.time() - start) / 60, 3),
+        "commit": version(),
+        "command": part.command,
+        "content": content,
+    }
     (folder / DONE).write_text(json.dumps(told, indent=1))
 
 

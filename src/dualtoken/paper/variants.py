@@ -132,6 +132,8 @@ class Variant:
             "losses": self._losses(FULL_FEATURES, FULL_POOLED),
             "phases": self._phases(*FULL),
         }
+        if setting.lpips is not None:
+            changes["losses"]["lpips_weights"] = setting.lpips
         if self.scratch:
             changes["encoder"] = None
         return changes
