@@ -1,11 +1,14 @@
 import builtins
+import json
 
 import pytest
 from PIL import Image
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from dualtoken.app import converse
 from dualtoken.cli import main
 from dualtoken.data.scenes import scene
+from dualtoken.generation import image
 from dualtoken.mllm.assistant import Assistant
 from tests import tiny
 
@@ -93,6 +96,29 @@ def test_a_stop_leaves_no_part_of_a_file(tmp_path, model, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["draw", "edit", "story", "chat"])
+def test_a_stop_in_the_middle_of_the_work_leaves_nothing(command, tmp_path, model, picture, monkeypatch):
+    calls = []
+
+    def third(*args, **options):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    if command in ("draw", "edit"):
+        real = image.sample
+        monkeypatch.setattr(image, "sample", third)
+    else:
+        real = Qwen2Model.forward
+        monkeypatch.setattr(Qwen2Model, "forward", third)
+    asked = [command, *([picture] if command == "edit" else []), "a star", "--model", model]
+    folder = tmp_path / "out"
+    before = set(tmp_path.rglob("*"))
+    assert main([*asked, *([] if command == "chat" else ["--out", str(folder)])]) == 130
+    assert len(calls) == 3 and not folder.exists() and set(tmp_path.rglob("*")) == before
+
+
 def half_saved(self, path, **options):
     path.write_bytes(b"half")
     raise KeyboardInterrupt
@@ -106,10 +132,18 @@ def half_saved(self, path, **options):
         (["draw", "x", "--scale", "0"], "--scale 0"),
         (["edit", "nowhere.png", "x"], "nowhere.png: no such file"),
         (["chat", "--image", "nowhere.png", "x"], "nowhere.png: no such file"),
+        (["story", "x", "--scale", "0"], "--scale 0"),
         (["chat", "long " * 400], "tokens"),
+        (["chat", "x", "--max_new_tokens", "0"], "max_new_tokens 0"),
+        (["draw", "long " * 400], "more than the 128"),
+        (["edit", "PICTURE", "long " * 400], "more than the 128"),
+        (["story", "long " * 400], "more than the 128"),
+        (["story", "x", "--image", json.dumps(["PICTURE"] * 30)], "more than the 128"),
+        (["chat", "x", "--image", json.dumps(["PICTURE"] * 30)], "more than the 128"),
     ],
 )
-def test_mistakes_are_one_line(arguments, words, model, capsys, tmp_path):
+def test_mistakes_are_one_line(arguments, words, model, picture, capsys, tmp_path):
+    arguments = [argument.replace("PICTURE", picture) for argument in arguments]
     out = [] if arguments[0] == "chat" else ["--out", str(tmp_path / "out")]
     assert main([*arguments, "--model", model, *out]) == 2
     assert words in capsys.readouterr().err

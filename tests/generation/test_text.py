@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from dualtoken.core.errors import UserError
 from tests.generation.lively import alone, chats, inputs, lively, picture, shared, user
@@ -95,6 +96,23 @@ def test_options_of_transformers_are_passed_on():
         torch.manual_seed(seed)
         drawn.append(replies(model, processor, given, do_sample=True, temperature=3.0)[0])
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_generation_config_says_what_is_not_said_by_name():
+    model, processor = shared()
+    given = inputs(processor, [user("a star")])
+    length = given["input_ids"].shape[1]
+    wish = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=50.0)
+    found = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        out = model.generate(**given, generation_config=wish)[0, length:]
+        assert len(out) <= 3
+        found.add(tuple(out.tolist()))
+    assert len(found) > 1  # it sampled
+    assert len(model.generate(**given, generation_config=wish, max_new_tokens=2)[0]) <= length + 2
+    with pytest.raises(UserError, match="max_new_tokens 0: give at least 1"):
+        model.generate(**given, max_new_tokens=0)
 
 
 def test_without_a_limit_the_context_is_the_limit():

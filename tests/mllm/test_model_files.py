@@ -1,6 +1,8 @@
 """A model as one directory, and in pipelines of transformers."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dualtoken.mllm.config import DualTokenConfig
 from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.processor import DualTokenProcessor
 from dualtoken.mllm.projector import ProjectorConfig
+from dualtoken.tokenizer.decoder import DecoderConfig
 from tests import tiny
 from tests.mllm.test_model import CHAT, END, RED, START, batch, logits_of, narrow, sample
 
@@ -66,6 +69,33 @@ def test_the_vision_tokenizer_may_stay_elsewhere(tmp_path):
         DualTokenForConditionalGeneration.from_pretrained(tmp_path / "relative")
 
 
+def test_a_tokenizer_that_was_trained_anew_is_refused_and_another_decoder_is_not(tmp_path):
+    model, processor = tiny.mllm()
+    model.vision_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model.save_pretrained(tmp_path / "model", tokenizer_path="../tokenizer")
+    sharper = tiny.tokenizer(decoder=DecoderConfig(channels=16, multipliers=(1, 1, 2, 2), blocks=1, z_channels=16))
+    same = {k: v for k, v in model.vision_tokenizer.state_dict().items() if not k.startswith("decoder.")}
+    sharper.load_state_dict(same, strict=False)
+    sharper.save_pretrained(tmp_path / "tokenizer")
+    opened = DualTokenForConditionalGeneration.from_pretrained(tmp_path / "model")
+    opened.save_pretrained(tmp_path / "whole")  # with the decoder that it has now
+    again = DualTokenForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    inputs = batch(processor, [sample()])
+    assert torch.equal(logits_of(again, inputs), logits_of(model, inputs))
+    tiny.tokenizer(seed=1).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="is not the one that the model was written beside"):
+        DualTokenForConditionalGeneration.from_pretrained(tmp_path / "model")
+
+
+def test_importing_the_processor_is_enough_for_the_auto_classes(written):
+    program = (
+        "import dualtoken.mllm.processor; from transformers import AutoConfig, AutoModelForMultimodalLM as A; "
+        f"print(type(AutoConfig.from_pretrained({str(written[0])!r})) in A._model_mapping)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("True"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -112,6 +142,8 @@ def test_any_to_any_pipeline_answers_about_a_picture_and_draws(written):
     wanted = processor.batch_decode(new, skip_special_tokens=True)[0]
     found = pipe(text=CHAT, max_new_tokens=4, return_full_text=False)
     assert [f["generated_text"] for f in found] == [wanted]
+    free = pipe(text=CHAT, return_full_text=False)[0]["generated_text"]  # as long as the context of 128 has room
+    assert free.startswith(wanted[:-1])
     whole = pipe(text=CHAT, max_new_tokens=4)[0]["generated_text"]
     assert whole == [*CHAT, {"role": "assistant", "content": wanted}]
 

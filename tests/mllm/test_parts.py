@@ -70,6 +70,28 @@ def inputs_of(processor, words="draw a star"):
     return processor.apply_chat_template(chat, add_generation_prompt=True)
 
 
+def test_an_llm_for_flash_attention_is_looked_at_on_a_cpu_with_another(tmp_path, monkeypatch):
+    llm, _ = write_llm(tmp_path / "llm")
+    asked = []
+
+    def change(self, name):
+        asked.append(name)
+        self.config._attn_implementation_internal = name
+
+    llm.config._attn_implementation_internal = "flash_attention_2"
+    monkeypatch.setattr(type(llm), "set_attn_implementation", change)
+    parts._check_logits(llm)
+    assert asked == ["sdpa", "flash_attention_2"]
+
+
+def test_a_dtype_may_be_given_by_name(tmp_path):
+    write_llm(tmp_path / "llm")
+    model, _ = build(tmp_path / "llm", dtype="bfloat16")
+    assert {model.llm.dtype, model.projector.norm_pixel.weight.dtype} == {torch.bfloat16}
+    with pytest.raises(UserError, match="dtype: give one of torch's"):
+        build(tmp_path / "llm", dtype="float31")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_published_llm_becomes_a_model(tmp_path, tied):
     llm, text = write_llm(tmp_path / "llm", tied=tied)

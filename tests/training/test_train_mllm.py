@@ -301,6 +301,17 @@ def test_mistakes_are_one_line_with_status_2(options, words, tmp_path, capsys):
     assert not (tmp_path / "run/codes").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_chat_longer_than_the_context_is_one_line_whoever_reads_it(workers, tmp_path, capsys):
+    model, processor = tiny.mllm(context=20)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "short")
+    data = tiny.mllm_recipe()["data"] | {"workers": workers, "held_out": 0}
+    assert main(write(tmp_path, tmp_path / "short", "--stage", "4-1", data=data)) == 2
+    said = capsys.readouterr().err
+    assert "the language model takes 20" in said and "Traceback" not in said
+
+
 def test_a_batch_that_cannot_be_split_is_a_mistake(tmp_path, start, capsys):
     loop = tiny.mllm_recipe()["loop"] | {"accumulate": 3}
     assert main(write(tmp_path, start, "--stage", "1", loop=loop)) == 2

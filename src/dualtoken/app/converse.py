@@ -102,7 +102,7 @@ def draw(
         scale: enlarge the files by a whole number, to look at small pictures.
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
     """
-    _check_number(number)
+    _check(number, scale)
     assistant = Assistant.open(model, engine=engine)
     config = _sampling(assistant, guidance, pixel, semantic, semantic_codes)
     with _progress("drawing") as progress:
@@ -137,7 +137,7 @@ def edit(
         scale: enlarge the files by a whole number.
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
     """
-    _check_number(number)
+    _check(number, scale)
     picture = read_image(image)
     assistant = Assistant.open(model, engine=engine)
     config = _sampling(assistant, guidance, pixel, semantic, True)
@@ -175,6 +175,7 @@ def story(
         max_new_tokens: longest stretch of words between pictures.
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
     """
+    _check(1, scale)
     paths = [image] if isinstance(image, str) else image or []
     pictures = [read_image(path) for path in paths]
     assistant = Assistant.open(model, engine=engine)
@@ -207,9 +208,12 @@ def _line() -> str:
         return ""
 
 
-def _check_number(number: int) -> None:
+def _check(number: int, scale: int) -> None:
+    """Raise UserError for numbers of pictures and of enlargement below 1."""
     if number < 1:
         raise UserError(f"--number {number}: give at least 1")
+    if scale < 1:
+        raise UserError(f"--scale {scale}: give a whole number from 1")
 
 
 def _sampling(
@@ -234,8 +238,6 @@ def _progress(name: str) -> Iterator[Progress]:
 
 
 def _enlarged(picture: Image.Image, scale: int) -> Image.Image:
-    if scale < 1:
-        raise UserError(f"--scale {scale}: give a whole number from 1")
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 

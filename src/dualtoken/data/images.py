@@ -305,10 +305,29 @@ def _end_loading() -> None:
 atexit.register(_end_loading)  # called before that of multiprocessing.util, which is registered by its import
 
 
+class _Told(Dataset):
+    """A dataset that gives a UserError in place of an item: the loader would wrap it in a traceback."""
+
+    def __init__(self, batches: Dataset):
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self.batches[step]
+        except UserError as error:
+            return error
+
+
+def _given(item: Any) -> Any:
+    if isinstance(item, UserError):
+        raise item
+    return item
+
+
 def step_batches(batches: Dataset, start: int, stop: int, workers: int) -> Iterator[Any]:
     """Batches start .. stop - 1 of a dataset of steps in order, made ahead by `workers` processes."""
     loader = DataLoader(
-        batches,
+        _Told(batches),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
@@ -316,4 +335,4 @@ def step_batches(batches: Dataset, start: int, stop: int, workers: int) -> Itera
         worker_init_fn=outlive_sigterm,
         generator=torch.Generator().manual_seed(0),  # otherwise the loader draws from the global random state
     )
-    return iter(loader)
+    return map(_given, iter(loader))

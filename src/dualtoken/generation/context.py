@@ -62,7 +62,9 @@ def split(config: Any, ids: Tensor, mask: Tensor | None, codes: DualCodes | None
     mask = torch.ones_like(ids) if mask is None else mask
     counts = ((ids == config.image_id) & (mask > 0)).sum(1)
     found, images = int(counts.sum()), 0 if codes is None else len(codes)
-    if found != images * config.positions or bool((counts % config.positions).any()):
+    if found == images * config.positions and bool((counts % config.positions).any()):
+        raise UserError(f"rows of {counts.tolist()} image placeholders: each needs a multiple of {config.positions}")
+    if found != images * config.positions:
         raise UserError(
             f"the text has {found} image placeholders, {images} images of {config.positions} positions need "
             f"{images * config.positions}; give one picture for every picture in the prompt"
@@ -86,7 +88,7 @@ def join(model: Model, contexts: list[Context], new: int, draw_semantic: bool = 
     if longest + new > model.context:
         raise UserError(
             f"the prompt has {longest} tokens and the reply needs up to {new}: more than the {model.context} that the "
-            "LLM takes; shorten the prompt, or give fewer pictures or --max_new_tokens"
+            "LLM takes; shorten the prompt, or give fewer pictures, a lower --max_images or --max_new_tokens"
         )
     ids = torch.full((len(contexts), longest), model.config.vision_end_id, device=model.device)
     mask = torch.zeros_like(ids)

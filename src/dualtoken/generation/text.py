@@ -19,26 +19,31 @@ def write(
     Args:
         draw_semantic: False where pictures drawn before have no semantic codes.
         options: of transformers' generate (max_new_tokens, do_sample, temperature, streamer, ...); those that change
-            what it returns are refused. Without max_new_tokens up to 256, as far as the context goes.
+            what it returns are refused. Without max_new_tokens as many as the generation_config says, that of the model
+            or one among the options, else 256; then no more than the context has room for.
     Returns: the new ids of each row, with the token that ended it. Raises UserError where the LLM cannot hold it.
     """
     config = model.config
     refused = sorted(REFUSED & options.keys())
     if refused:
         raise UserError(f"{', '.join(refused)}: not among the options here; repeat the prompt for several replies")
+    wish = options.get("generation_config")
     if options.get("max_new_tokens") is None:
+        most = (wish or model.llm.generation_config).max_new_tokens or MAX_NEW_TOKENS
         found: dict[int, Tensor] = {}
-        rooms = [min(MAX_NEW_TOKENS, max(1, model.context - len(c.ids))) for c in contexts]
+        rooms = [min(most, max(1, model.context - len(c.ids))) for c in contexts]
         for room in sorted(set(rooms)):  # none is cut short because another prompt is long
             chosen = [i for i, own in enumerate(rooms) if own == room]
             told = options | {"max_new_tokens": room}
             group = write(model, [contexts[i] for i in chosen], may_draw, draw_semantic, **told)
             found |= dict(zip(chosen, group, strict=True))
         return [found[i] for i in range(len(contexts))]
+    if options["max_new_tokens"] < 1:
+        raise UserError(f"max_new_tokens {options['max_new_tokens']}: give at least 1")
     rows = join(model, contexts, options["max_new_tokens"], draw_semantic)
     stops = stop_ids(model)
     never = [config.vision_start_id, config.image_id, config.vision_end_id, config.draw_end_id]
-    options.setdefault("do_sample", False)
+    options.setdefault("do_sample", wish is not None and bool(wish.do_sample))
     out = model.llm.generate(
         inputs_embeds=rows.embeds,
         attention_mask=rows.mask,

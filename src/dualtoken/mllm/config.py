@@ -32,6 +32,7 @@ class DualTokenConfig(PreTrainedConfig):
         depth_weights: of the D terms of eq. 7, for both heads; None = all 1, as in the paper.
         draw: how it draws unless told otherwise, a DrawConfig as a dict.
         tokenizer_path: where the vision tokenizer is, seen from the model's directory; None = inside.
+        tokenizer_fingerprint: of the one there when the model was written; None = not known.
     """
 
     model_type = "dualtoken"
@@ -58,6 +59,7 @@ class DualTokenConfig(PreTrainedConfig):
         draw_start_id: int | None = None,
         draw_end_id: int | None = None,
         tokenizer_path: str | None = None,
+        tokenizer_fingerprint: str | None = None,
         **kwargs,
     ):
         if isinstance(vision_config, dict):
@@ -77,7 +79,7 @@ class DualTokenConfig(PreTrainedConfig):
         self.draw = draw or asdict(DrawConfig())
         self.vision_start_id, self.image_id, self.vision_end_id = vision_start_id, image_id, vision_end_id
         self.draw_start_id, self.draw_end_id = draw_start_id, draw_end_id
-        self.tokenizer_path = tokenizer_path
+        self.tokenizer_path, self.tokenizer_fingerprint = tokenizer_path, tokenizer_fingerprint
         # transformers would set the parts' back ends to None, and an LLM without one masks nothing; {} = as they are.
         super().__init__(**{"attn_implementation": {}, "experts_implementation": {}} | kwargs)
 

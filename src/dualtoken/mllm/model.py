@@ -40,6 +40,7 @@ from dualtoken.mllm.config import DualTokenConfig
 from dualtoken.mllm.projector import Projector, ProjectorConfig
 from dualtoken.mllm.visual_head import VisualHead, VisualHeadConfig
 from dualtoken.tokenizer.backbone import Backbone, BackboneConfig
+from dualtoken.tokenizer.fingerprint import fingerprint
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer, branch_config
 
 
@@ -121,6 +122,7 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
                 f"{self.feature_width} in the model"
             )
         self.vision_tokenizer = tokenizer.requires_grad_(False).eval()
+        self.config.vision_config = tokenizer.config  # another decoder fits too
 
     def train(self, mode: bool = True) -> "DualTokenForConditionalGeneration":
         """Training mode, but for the vision tokenizer: its codebooks would move."""
@@ -194,7 +196,10 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         positions, images = self.config.positions, 0 if codes is None else len(codes)
         found = (input_ids.flatten() == self.config.image_id).nonzero()[:, 0]
         uneven = (input_ids == self.config.image_id).sum(-1) % positions != 0
-        if len(found) != images * positions or bool(uneven.any()):
+        if len(found) == images * positions and bool(uneven.any()):
+            counts = (input_ids == self.config.image_id).sum(-1).tolist()
+            raise UserError(f"rows of {counts} image placeholders: each needs a multiple of {positions}")
+        if len(found) != images * positions:
             raise UserError(
                 f"the text has {len(found)} image placeholders, {images} images of {positions} positions need "
                 f"{images * positions}; give one picture for every picture in the prompt"
@@ -341,7 +346,9 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
 
     def save_pretrained(self, directory: str | Path, tokenizer_path: str | None = None, **kwargs) -> None:
         """Write the whole model; with `tokenizer_path` (seen from the directory) the vision tokenizer stays there."""
-        self.config.tokenizer_path = tokenizer_path
+        self.config.tokenizer_path, self.config.tokenizer_fingerprint = tokenizer_path, None
+        if tokenizer_path is not None and (place := (Path(directory) / tokenizer_path).resolve()).is_dir():
+            self.config.tokenizer_fingerprint = fingerprint(DualTokenVisionTokenizer.from_pretrained(place))
         for part in (self.config.vision_config, self.config.text_config):
             part.name_or_path = ""  # where it once was on this machine
         if tokenizer_path is not None:
@@ -356,7 +363,15 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.vision_tokenizer is None:
             place = Path(directory) / model.config.tokenizer_path
-            model.attach(DualTokenVisionTokenizer.from_pretrained(place, dtype=model.dtype).to(model.device))
+            tokenizer = DualTokenVisionTokenizer.from_pretrained(place)
+            known = model.config.tokenizer_fingerprint
+            same = known is None or known == fingerprint(tokenizer)
+            model.attach(tokenizer.to(device=model.device, dtype=model.dtype))
+            if not same:
+                raise UserError(
+                    f"{directory}: the vision tokenizer in {place} is not the one that the model was written beside: "
+                    "its codes mean something else; put that one back, or train the model anew"
+                )
         else:
             model.attach(model.vision_tokenizer)  # loading makes new parameters, which would learn
         model.llm.generation_config = model.generation_config  # what ends a reply may be known there alone

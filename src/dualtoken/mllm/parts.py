@@ -21,6 +21,7 @@ from transformers import (
 
 from dualtoken.core.errors import UserError
 from dualtoken.generation.sampling import DrawConfig
+from dualtoken.generation.text import MAX_NEW_TOKENS
 from dualtoken.mllm.config import SPECIAL, DualTokenConfig
 from dualtoken.mllm.model import DualTokenForConditionalGeneration, text_logits
 from dualtoken.mllm.processor import DualTokenProcessor
@@ -84,7 +85,7 @@ def from_parts(
     llm: str | PreTrainedModel,
     text_tokenizer: PreTrainedTokenizerBase | None = None,
     model: ModelConfig = ModelConfig(),
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     **llm_options: Any,
 ) -> tuple[DualTokenForConditionalGeneration, DualTokenProcessor]:
     """The whole model and its processor; missing special tokens are added and the embeddings resized.
@@ -92,11 +93,14 @@ def from_parts(
     Args:
         vision_tokenizer: directory or preset.
         llm: directory of any causal LM of transformers, a hub id, or a model (then with `text_tokenizer`).
-        dtype: of the new parts and the LLM.
+        dtype: of the new parts and the LLM, or its name.
         llm_options: of AutoModelForCausalLM.from_pretrained (quantization_config, attn_implementation, ...).
     Raises UserError where a part cannot be found, and for an LLM whose logits are not understood.
     """
     vision = open_tokenizer(vision_tokenizer, "vision_tokenizer")
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise UserError("dtype: give one of torch's, as float32, bfloat16 or float16")
     if isinstance(llm, str):
         text_tokenizer, llm = _open_llm(llm, dtype, llm_options)
     if text_tokenizer is None:
@@ -118,6 +122,8 @@ def from_parts(
     images = DualTokenImageProcessor(size=vision.image_size)
     processor = DualTokenProcessor(images, text_tokenizer, positions=vision.positions)
     built.generation_config = llm.generation_config
+    if built.generation_config.max_new_tokens is None:  # or pipelines ask for 256, whether or not there is room
+        built.generation_config.max_new_tokens = MAX_NEW_TOKENS
     _end_with(built, processor.turn_end)
     return built, processor
 
@@ -194,12 +200,16 @@ def _check_logits(llm: PreTrainedModel) -> None:
     """Raise UserError where an LLM's logits are not what `text_logits` makes of its last states."""
     if llm.device.type == "meta":
         return
-    learning = llm.training
+    learning, attention = llm.training, llm.config._attn_implementation
     llm.eval()  # dropout would make the two differ
+    if "flash" in str(attention) and llm.device.type == "cpu":  # its kernels are for GPUs, where the model goes later
+        llm.set_attn_implementation("sdpa")
     embeds = llm.get_input_embeddings()(torch.arange(4, device=llm.device)[None])
     own = llm(inputs_embeds=embeds).logits
     ours = text_logits(llm, llm.base_model(inputs_embeds=embeds).last_hidden_state)
     llm.train(learning)
+    if llm.config._attn_implementation != attention:
+        llm.set_attn_implementation(attention)
     if not torch.allclose(own, ours, rtol=0.05, atol=0.05 * float(own.abs().max())):
         raise UserError(
             f"llm: {llm.config.model_type} does more to its logits than scaling or capping them as Granite, Cohere and "

@@ -19,6 +19,7 @@ from dualtoken.core.images import fit_image, image_bytes, to_float
 from dualtoken.data.chat import ChatSample, Message, Picture
 from dualtoken.data.collate import IGNORE, ChatTokens
 from dualtoken.generation.interleaved import Reply
+from dualtoken.mllm import model as _registers_it  # noqa: F401
 from dualtoken.mllm.config import SPECIAL, DualTokenConfig
 from dualtoken.tokenizer.image_processor import DualTokenImageProcessor
 
@@ -280,4 +281,5 @@ def _flat(images: Any) -> list[Any]:
     return [images]
 
 
+# Who has the processor has the model's auto classes too, so that one import is enough for pipelines.
 AutoProcessor.register(DualTokenConfig, DualTokenProcessor, exist_ok=True)
