@@ -3,7 +3,7 @@
     uv run python -m benchmarks                     all, on the CPU; about half an hour on two idle cores
     uv run python -m benchmarks quantizer drawing   some
     uv run python -m benchmarks drawing --device cuda
-    uv run python -m benchmarks --size tiny --output /tmp/tiny     that it runs; its figures mean nothing
+    uv run python -m benchmarks --size tiny --output runs/tiny     that it runs; its figures mean nothing
 
 Each case runs in a process of its own, one after the other. Written: NAME-DEVICE.json, .md and, where something grows,
 .svg; at full size into docs/benchmarks/, and the tables into docs/benchmarks.md.
