@@ -1,6 +1,7 @@
 """The model at work: pictures and words in, words and pictures out. What commands, the demo and evaluation share."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ class Assistant:
         """Each picture (file, bytes, array or PIL picture) changed as its instruction says, `count` times."""
         if len(pictures) != len(instructions):
             raise UserError(f"{len(pictures)} pictures and {len(instructions)} instructions: give one for each")
-        chats = [[user(text, picture)] for picture, text in zip(pictures, instructions, strict=True)]  # as in training
+        shown = [Path(picture) if isinstance(picture, str) else picture for picture in pictures]
+        chats = [[user(text, picture)] for picture, text in zip(shown, instructions, strict=True)]  # as in training
         return self._draw(chats, count, config, seed, progress, watch)
 
     def tell(
