@@ -32,9 +32,9 @@ def test_files_are_small_in_half_precision_and_of_no_machine():
 def test_it_sees(assistant):
     asked = [(i, q) for i, q in draw_questions(60, "probe", 3) if q.type == "attribute"]
     found = ask_questions(assistant, asked, 60, "probe")
-    assert sum(a.right for a in found) >= 33  # 69 % measured, the commonest answers give 21 %
+    assert sum(a.right for a in found) >= 33  # 70 % measured, the commonest answers give 21 %
     said = describe_scenes(assistant, 40, 40, "probe")
-    assert said["background"].value >= 0.9 and said["color and shape of the main object"].value >= 0.85  # 98 %
+    assert said["background"].value >= 0.9 and said["color and shape of the main object"].value >= 0.85  # 96 %
 
 
 def test_it_draws_what_was_asked(assistant):
@@ -43,6 +43,6 @@ def test_it_draws_what_was_asked(assistant):
     told = [(t, p) for t, p, prompt in zip(truths, pictures, prompts, strict=True) if "background" in prompt]
     assert np.mean([background(p) == t.background for t, p in told]) >= 0.8  # one in six by chance
     colors = [any(s.color == t.objects[0].color for s in read_scene(p)) for t, p in zip(truths, pictures, strict=True)]
-    assert np.mean(colors) >= 0.6  # one in eight by chance
+    assert np.mean(colors) >= 0.8  # one in eight by chance
     named = [shows(p, t.objects[0].color, t.objects[0].shape) for t, p in zip(truths, pictures, strict=True)]
-    assert np.mean(named) >= 0.5  # 72 % measured, one in 48 by chance
+    assert np.mean(named) >= 0.75  # 90 % measured, one in 48 by chance
