@@ -49,7 +49,9 @@ def cases(options: Options) -> list[Case]:
                                  partial(work, loss, sizes, options), rows, line))  # fmt: skip
             made.append(Case(group, "its matrix products alone", "limit", partial(products, sizes, options),
                              rows, series and f"{series}: products"))  # fmt: skip
-    made.append(Case("planned memory of stage 4-1 at 3B, 64 samples of 384 tokens", "ours", "ours", plan))
+    made.append(
+        Case("planned memory of stage 4-1 at 3B, 64 samples of 384 tokens", "ours", "ours", partial(plan, options))
+    )
     return made
 
 
@@ -97,12 +99,14 @@ def products(sizes: tuple[int, int, int], options: Options) -> Work:
     return Work(run, len(x), "rows")
 
 
-def plan() -> Work:
+def plan(options: Options) -> Work:
     """GiB on a GPU by `training/memory.py`: dual codes against pixel codes alone, on one GPU and split over eight."""
     found = {}
 
     def run() -> None:
         model, batch = SHAPES["paper-3b"].build(), BatchShape(64, 384, 64, 64, 64 * 64)
+        if options.tiny:
+            model, batch = SHAPES["gpu-0.5b"].build(), BatchShape(2, 384, 2, 2, 2 * 64)
         settings = {"one GPU": {}, "8 GPUs, FSDP2": {"devices": 8, "shard": True}}
         dual = {name: stage_memory(model, STAGES["4-1"], batch, **told).total for name, told in settings.items()}
         without_semantics(model)

@@ -199,10 +199,9 @@ def reproduce(
         EXPERIMENTS[id].refuse(id, setting)
         chosen = [id]
     for name in chosen:
-        place = setting.out / f"{name}.json"
-        _keep(place, name, own[name])
         if scale == "mini" or id != "all":
             EXPERIMENTS[name].check(name, own[name])  # before any work
+        _keep(setting.out / f"{name}.json", own[name])
     for name in chosen:
         place = setting.out / f"{name}.json"
         if not again and finished(place, own[name]):
@@ -213,7 +212,7 @@ def reproduce(
         write_summary(setting.out, chosen)
 
 
-def _keep(place: Path, name: str, setting: Setting) -> None:
+def _keep(place: Path, setting: Setting) -> None:
     """Raise UserError where a file holds the result of another scale or of other options, unless --again."""
     try:
         found = json.loads(place.read_text())

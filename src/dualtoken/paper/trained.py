@@ -106,7 +106,8 @@ def minutes(parts: Sequence[Part], setting: Setting) -> dict[str, float]:
         folder = part.folder(setting)
         told = json.loads((folder / DONE).read_text())
         found[folder.name] = told["minutes"]
-        setting.made |= {told["commit"]} if "commit" in told else set()
+        if "commit" in told:  # parts of before have none
+            setting.made.add(told["commit"])
     return found
 
 
