@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 
 from dualtoken.core.errors import UserError
@@ -82,6 +83,37 @@ def test_an_llm_for_flash_attention_is_looked_at_on_a_cpu_with_another(tmp_path,
     monkeypatch.setattr(type(llm), "set_attn_implementation", change)
     parts._check_logits(llm)
     assert asked == ["sdpa", "flash_attention_2"]
+
+
+def test_qwens_own_tokenizer_and_weights_in_several_files(tmp_path):
+    """As Qwen2.5 is published: Qwen2Tokenizer, whose vision tokens are special already, a table with spare rows, and
+    weights in several files with an index. Only the two tokens around drawn pictures are new."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        tiny.WORDS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    learnt = json.loads(bpe.to_str())["model"]
+    text = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]])
+    own = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    text.add_special_tokens({"extra_special_tokens": own})
+    text.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    llm = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(text) + 40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+    ))  # fmt: skip
+    llm.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1 and (tmp_path / "model.safetensors.index.json").is_file()
+    model, processor = build(tmp_path)
+    assert type(processor.tokenizer) is Qwen2Tokenizer
+    assert [processor.tokenizer.convert_tokens_to_ids(token) for token in own] == text.convert_tokens_to_ids(own)
+    new = [getattr(model.config, name) for name in ("draw_start_id", "draw_end_id")]
+    assert new == [len(text), len(text) + 1]
+    assert model.llm.get_input_embeddings().num_embeddings == len(text) + 40  # there was room
+    assert torch.equal(model.llm.get_input_embeddings().weight, llm.get_input_embeddings().weight)
+    assert model(**inputs_of(processor)).logits.isfinite().all()
 
 
 def test_a_dtype_may_be_given_by_name(tmp_path):
