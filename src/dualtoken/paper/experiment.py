@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from dualtoken.core.errors import UserError
+from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.eval.report import cell, write_json
 from dualtoken.mllm.presets import mllm_directory
 from dualtoken.tokenizer.presets import tokenizer_directory
@@ -229,7 +230,8 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
         "pictures": result.pictures, "skipped": sorted(set(setting.skipped)), "protocol": setting.protocol,
         "rows": [asdict(row) | {"scale": setting.scale} for row in result.rows],
     }  # fmt: skip
-    (setting.out / f"{id}.md").write_text(page(found))
+    with whole_or_not_at_all(setting.out / f"{id}.md") as draft:
+        draft.write_text(page(found))
     place = setting.out / f"{id}.json"
     write_json(place, found)
     return place

@@ -20,6 +20,7 @@ import yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.data.scene_chat import SceneChatConfig, SceneChats
 from dualtoken.paper.experiment import Setting, version
 from dualtoken.tokenizer.presets import BUNDLED, RECIPES, open_tokenizer
@@ -115,9 +116,8 @@ def remembered(place: Path, setting: Setting, make: Callable[[], dict[str, Any]]
     """What was measured before and is kept in a JSON file, or is measured now; its commit goes to `setting.made`."""
     if setting.again or not place.is_file():
         kept = {"commit": version(), "found": make()}
-        draft = place.with_suffix(".draft")
-        draft.write_text(json.dumps(kept, indent=1))
-        draft.rename(place)
+        with whole_or_not_at_all(place) as draft:
+            draft.write_text(json.dumps(kept, indent=1))
     kept = json.loads(place.read_text())
     if "found" not in kept:  # as it was kept before commits were
         return kept
@@ -187,7 +187,8 @@ def _run(part: Part, folder: Path, models: dict[str, Path], setting: Setting) ->
         "command": part.command,
         "content": content,
     }
-    (folder / DONE).write_text(json.dumps(told, indent=1))
+    with whole_or_not_at_all(folder / DONE) as draft:
+        draft.write_text(json.dumps(told, indent=1))
 
 
 @lru_cache
