@@ -1,6 +1,7 @@
 """Tables that train: every id runs through with a tiny budget; parts are shared, kept, and go on after a stop."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -146,6 +147,21 @@ def test_a_stopped_part_goes_on(tmp_path, monkeypatch):
     assert trained.train_parts([part], setting) == [folder / "model"]
     assert (folder / "log.jsonl").read_text() == lines  # no step was done twice
     assert list(trained.minutes([part], setting)) == [folder.name]
+
+
+def test_a_measure_is_kept_and_with_again_taken_once_more_in_a_run(tmp_path):
+    place, taken = tmp_path / "measured.json", []
+
+    def take():
+        taken.append(1)
+        return {"psnr": float(len(taken))}
+
+    first = Setting(out=tmp_path)
+    assert trained.remembered(place, first, take) == trained.remembered(place, first, take) == {"psnr": 1.0}
+    again = Setting(out=tmp_path, again=True)
+    tables = [again, replace(again, pictures=3)]  # two tables of one run
+    assert [trained.remembered(place, setting, take) for setting in tables] == [{"psnr": 2.0}] * 2
+    assert len(taken) == 2 and first.made == again.made
 
 
 def _parser_of(function):

@@ -48,6 +48,7 @@ class Setting:
         again: nothing that was measured before is taken.
         skipped, protocol, made: pictures that could not be read, how it was measured, and the commits of trained parts
             and measures that were there before; filled while an experiment runs.
+        anew: what was measured in this run, by all its tables, which with `again` is not measured twice.
     """
 
     scale: Scale = "mini"
@@ -69,6 +70,7 @@ class Setting:
     skipped: list[str] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
+    anew: set[Path] = field(default_factory=set)
 
     @property
     def source(self) -> str:
