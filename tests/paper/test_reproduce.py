@@ -1,11 +1,15 @@
 """`dualtoken reproduce`: what is written, what is kept, and what is said where something lacks."""
 
 import json
+import os
 
 import pytest
+import torch
 
 from dualtoken.cli import main
+from dualtoken.core.errors import UserError
 from dualtoken.paper import reproduce as module
+from dualtoken.paper import side_by_side
 from dualtoken.paper.experiment import Experiment, Result, Row, Setting, finished
 
 
@@ -85,3 +89,36 @@ def test_the_list_says_what_each_needs(capsys):
     assert main(["reproduce", "list"]) == 0
     told = capsys.readouterr().out
     assert all(name in told for name in module.EXPERIMENTS) and "ImageNet" in told
+
+
+def made_in(setting):
+    print("at work in", os.getpid())
+    return Result([Row("process", {"id": os.getpid(), "threads": torch.get_num_threads()})])
+
+
+def fails(setting):
+    raise UserError("no luck")
+
+
+def of_test(make, **more):
+    return Experiment("A table", "a claim", make, 1, ("data",), "X", **more)
+
+
+def test_two_tables_are_made_side_by_side_and_times_are_measured_alone(tmp_path, monkeypatch, capfd):
+    tables = {"table1": of_test(made_in), "table11": of_test(made_in, alone=True), "table3": of_test(made_in)}
+    monkeypatch.setattr(module, "EXPERIMENTS", tables)
+    assert main(["reproduce", "all", "--out", str(tmp_path), "--processes", "2"]) == 0
+    rows = {id: json.loads((tmp_path / f"{id}.json").read_text())["rows"][0]["measured"] for id in tables}
+    assert rows["table11"]["id"] == os.getpid() and os.getpid() not in (rows["table1"]["id"], rows["table3"]["id"])
+    assert rows["table1"]["threads"] == max(1, side_by_side._cores() // 2)
+    assert "at work in" in (tmp_path / "table1.log").read_text() and (tmp_path / "index.md").is_file()
+    assert capfd.readouterr().out.count("at work in") == 1  # the others' output is in their logs
+
+
+def test_a_table_that_fails_beside_another_says_so_in_one_line(tmp_path, monkeypatch, capfd):
+    tables = {"table1": of_test(fails), "table3": of_test(made_in), "table7": of_test(made_in)}
+    monkeypatch.setattr(module, "EXPERIMENTS", tables)
+    assert main(["reproduce", "all", "--out", str(tmp_path), "--processes", "2"]) == 2
+    said = capfd.readouterr().err
+    assert said.strip().splitlines()[-1].endswith("no luck") and "Traceback" not in said
+    assert not (tmp_path / "table1.json").exists() and not (tmp_path / "index.md").exists()

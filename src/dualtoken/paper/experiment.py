@@ -48,7 +48,7 @@ class Setting:
         again: nothing that was measured before is taken.
         skipped, protocol, made: pictures that could not be read, how it was measured, and the commits of trained parts
             and measures that were there before; filled while an experiment runs.
-        anew: what was measured in this run, by all its tables, which with `again` is not measured twice.
+        since: when the run began, in seconds of the clock: what was measured later is taken also with `again`.
     """
 
     scale: Scale = "mini"
@@ -70,7 +70,7 @@ class Setting:
     skipped: list[str] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
-    anew: set[Path] = field(default_factory=set)
+    since: float = field(default_factory=time.time)
 
     @property
     def source(self) -> str:
@@ -148,6 +148,7 @@ class Experiment:
         multimodal: whether `Setting.weights` is a multimodal model here; else it is a tokenizer.
         models: names that `Setting.scores` may have.
         package: that it imports beside the usual ones; an extra of the same name installs it.
+        alone: whether it measures times, which another table at work beside it would spoil.
     """
 
     title: str
@@ -163,6 +164,7 @@ class Experiment:
     multimodal: bool = False
     models: tuple[str, ...] = ()
     package: str | None = None
+    alone: bool = False
 
     def own(self, setting: Setting) -> Setting:
         """The setting without what the experiment does not take; of the reports, those of its models."""

@@ -11,7 +11,7 @@ from dualtoken.eval.reconstruction import INCEPTION
 from dualtoken.eval.report import table
 from dualtoken.paper.ablations import table7, table8, table9, table10
 from dualtoken.paper.costs import figure6, table11
-from dualtoken.paper.experiment import BUDGET, Experiment, Setting, command_of, finished, run
+from dualtoken.paper.experiment import BUDGET, Experiment, Setting, command_of, finished
 from dualtoken.paper.layers import figure3, figure7, figure8
 from dualtoken.paper.measure import check_measuring
 from dualtoken.paper.multimodal import (
@@ -26,6 +26,7 @@ from dualtoken.paper.multimodal import (
 )
 from dualtoken.paper.numbers import paper_figure, paper_table
 from dualtoken.paper.scored import TABLES, scored
+from dualtoken.paper.side_by_side import run_all, usual_processes
 from dualtoken.paper.summary import write_summary
 from dualtoken.paper.table3 import table3
 from dualtoken.paper.tables import check_table1, table1
@@ -92,7 +93,7 @@ EXPERIMENTS = {
     },
     "table11": Experiment(
         paper_table("table11").title, "a second kind of codes costs little", table11, 2, ("weights",),
-        "a multimodal model (--weights), measured on this device", mini=("weights",), multimodal=True,
+        "a multimodal model (--weights), measured on this device", mini=("weights",), multimodal=True, alone=True,
     ),
     "fig5": Experiment(
         paper_figure("fig5").title, paper_figure("fig5").claim, figure5, 1, ("weights", "baseline", "data"),
@@ -138,6 +139,7 @@ def reproduce(
     baseline: str | None = None,
     flickr8k: str | None = None,
     scores: str | None = None,
+    processes: int | None = None,
 ) -> None:
     """Make a table or figure of the paper.
 
@@ -162,11 +164,15 @@ def reproduce(
         baseline: for fig5 and fig6, the model that --weights is compared with.
         flickr8k: folder with Flickr8k as it is published, for table1's retrieval at full scale.
         scores: NAME=REPORT,... for tables 2, 4, 5, 6 and 12 at full scale: reports of dualtoken eval scores.
+        processes: of "all", tables made side by side, each with its share of the cores, its output in OUTPUT/ID.log;
+            default: in miniature on a CPU of at least two cores 2, otherwise 1.
     """
     if budget <= 0 or seed < 0:
         raise UserError(f"--budget {budget:g}, --seed {seed}: give a budget above 0 and a seed of at least 0")
     if pictures is not None and pictures < 1:
         raise UserError(f"--pictures {pictures}: give at least 1")
+    if processes is not None and (processes < 1 or id != "all"):
+        raise UserError(f"--processes {processes}: give at least 1, and that for `all` alone")
     if inception is not None and not Path(inception).is_file():
         raise UserError(f"--inception {inception}: no such file; it is published as {INCEPTION}")
     if lpips is not None and not Path(lpips).is_file():
@@ -202,12 +208,14 @@ def reproduce(
         if scale == "mini" or id != "all":
             EXPERIMENTS[name].check(name, own[name])  # before any work
         _keep(setting.out / f"{name}.json", own[name])
+    waiting = []
     for name in chosen:
         place = setting.out / f"{name}.json"
         if not again and finished(place, own[name]):
             print(f"{name} is done: {place}")
-            continue
-        run(name, EXPERIMENTS[name], own[name])
+        else:
+            waiting.append((name, EXPERIMENTS[name], own[name]))
+    run_all(waiting, processes or (usual_processes(scale) if id == "all" else 1))
     if id == "all":
         write_summary(setting.out, chosen)
 

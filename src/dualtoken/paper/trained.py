@@ -114,11 +114,11 @@ def minutes(parts: Sequence[Part], setting: Setting) -> dict[str, float]:
 
 def remembered(place: Path, setting: Setting, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured before and is kept in a JSON file, or is measured now; its commit goes to `setting.made`."""
-    if (setting.again and place not in setting.anew) or not place.is_file():
-        kept = {"commit": version(), "found": make()}
-        with whole_or_not_at_all(place) as draft:
-            draft.write_text(json.dumps(kept, indent=1))
-        setting.anew.add(place)
+    with FileLock(f"{place}.lock"):  # another process that wants the same waits for it
+        if not place.is_file() or (setting.again and json.loads(place.read_text()).get("at", 0.0) < setting.since):
+            kept = {"commit": version(), "at": time.time(), "found": make()}
+            with whole_or_not_at_all(place) as draft:
+                draft.write_text(json.dumps(kept, indent=1))
     kept = json.loads(place.read_text())
     if "found" not in kept:  # as it was kept before commits were
         return kept

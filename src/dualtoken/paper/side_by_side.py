@@ -1,0 +1,84 @@
+"""Several tables and figures at a time, each in a process of its own; parts that they share are trained once."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dualtoken.core.errors import UserError
+from dualtoken.paper.experiment import Experiment, Scale, Setting, run
+
+Work = tuple[str, Experiment, Setting]  # what `experiment.run` takes
+
+
+def usual_processes(scale: Scale) -> int:
+    """Two where small models on a CPU leave half of two cores idle, otherwise one."""
+    return 2 if scale == "mini" and not torch.cuda.is_available() and _cores() > 1 else 1
+
+
+def run_all(work: Sequence[Work], processes: int) -> None:
+    """Make all, `processes` at a time; those that measure times come last, one by one.
+
+    Raises what the first that fails raised, when those that were at work beside it are done; no other one begins.
+    """
+    beside = [one for one in work if not one[1].alone]
+    if processes == 1 or len(beside) == 1:
+        beside = []
+    if beside:
+        _run_beside(beside, min(processes, len(beside)))
+    for one in work:
+        if one not in beside:
+            run(*one)
+
+
+def _run_beside(work: Sequence[Work], processes: int) -> None:
+    waiting, at_work = list(work), dict[Future[None], Work]()
+    start = {"initializer": torch.set_num_threads, "initargs": (max(1, _cores() // processes),)}
+    with (
+        tqdm(total=len(work), desc="tables and figures", unit="") as bar,
+        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), **start) as pool,
+    ):
+        while waiting or at_work:
+            while waiting and len(at_work) < processes:
+                one = waiting.pop(0)
+                at_work[pool.submit(_run_one, *one)] = one
+            bar.set_postfix_str(", ".join(id for id, *_ in at_work.values()))
+            for future in wait(at_work, return_when=FIRST_COMPLETED).done:
+                id, _, setting = at_work.pop(future)
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    raise UserError(
+                        f"{id}: its process was ended, perhaps for lack of memory (--processes 1 takes less); what is "
+                        f"trained is kept, the same command goes on; see {_log(id, setting)}"
+                    ) from None
+                except BaseException:
+                    bar.write(f"{id} failed, see {_log(id, setting)}; what is at work beside it comes to its end first")
+                    raise
+                bar.update()
+                bar.write(f"{id} is made: {setting.out / id}.json")
+
+
+def _run_one(id: str, experiment: Experiment, setting: Setting) -> None:
+    """`run` in a process of the pool, what it prints in a file."""
+    setting.out.mkdir(parents=True, exist_ok=True)
+    with open(_log(id, setting), "a", buffering=1) as log:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        run(id, experiment, setting)
+
+
+def _log(id: str, setting: Setting) -> Path:
+    return setting.out / f"{id}.log"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
