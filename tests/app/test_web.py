@@ -1,7 +1,7 @@
 """The page in a real browser: every tab once, with a model of a few thousand parameters; no call leaves the machine."""
 
 import shutil
-import time
+import threading
 
 import pytest
 from PIL import Image
@@ -16,6 +16,7 @@ from dualtoken.app.web_parts import STOPS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WAIT = 60_000  # ms
+STEPS = 2 * 4 * 2  # of a drawing: two ways, four positions, two depths
 
 
 @pytest.fixture(scope="module")
@@ -99,47 +100,65 @@ def test_draw_shows_both_ways_side_by_side(page):
     tab.locator(".grid-wrap img").nth(7).wait_for()  # four pictures in each of two ways
 
 
+class Held:
+    """The pixel head's steps, which stand still from the second one on until `go`."""
+
+    def __init__(self, step):
+        self.step, self.steps, self.go, self.thread = step, 0, threading.Event(), None
+
+    def __call__(self, *given):
+        self.steps, self.thread = self.steps + 1, threading.current_thread()
+        if self.steps > 1:
+            self.go.wait(WAIT / 1000)
+        return self.step(*given)
+
+
 @pytest.fixture
-def slow(assistant, monkeypatch):
-    """Times of the pixel head's steps, each of which now takes a second."""
-    head, steps = assistant.model.pixel_head, []
-    real = head.step
-
-    def step(*given):
-        steps.append(time.time())
-        time.sleep(1)
-        return real(*given)
-
-    monkeypatch.setattr(head, "step", step)
-    return steps
+def held(assistant, monkeypatch):
+    head = assistant.model.pixel_head
+    steps = Held(head.step)
+    monkeypatch.setattr(head, "step", steps)
+    yield steps
+    steps.go.set()
 
 
-def draw_and(end, page, steps):
-    """Begin to draw on a page, end it, and see that it ends before all four positions of two depths, two ways."""
-    open_tab(page, "Draw").get_by_role("button", name="Draw", exact=True).click()
-    while len(steps) < 2:
+def until(condition, page):
+    for _ in range(WAIT // 50):
+        if condition():
+            return
         page.wait_for_timeout(50)
+    pytest.fail("it did not happen in time")
+
+
+def draw_and(end, page, held):
+    """Begin to draw on a page, end it, and see that it ends before its last step."""
+    before = set(STOPS.values())
+    open_tab(page, "Draw").get_by_role("button", name="Draw", exact=True).click()
+    until(lambda: held.steps == 2, page)
+    (stop,) = set(STOPS.values()) - before
     end()
-    time.sleep(5)  # a closed page is noticed after two seconds; the position under way is finished
-    ended = len(steps)
-    time.sleep(3)
-    assert len(steps) == ended < 2 * 4 * 2
+    assert stop.wait(WAIT / 1000)
+    held.go.set()
+    held.thread.join(WAIT / 1000)  # the position under way is finished
+    assert not held.thread.is_alive() and held.steps < STEPS
 
 
-def test_stop_ends_a_drawing_and_the_next_one_is_whole(page, slow, monkeypatch):
+def test_stop_ends_a_drawing_and_the_next_one_is_whole(page, held):
     tab = open_tab(page, "Draw")
-    draw_and(tab.get_by_role("button", name="Stop", exact=True).click, page, slow)
-    monkeypatch.undo()
+    draw_and(tab.get_by_role("button", name="Stop", exact=True).click, page, held)
+    held.steps = 0
     tab.get_by_role("button", name="Draw", exact=True).click()
+    until(lambda: held.steps == STEPS, page)
+    held.thread.join(WAIT / 1000)
     tab.locator(".grid-wrap img").nth(7).wait_for()
 
 
-def test_a_page_that_is_closed_ends_its_drawing(page, slow):
+def test_a_page_that_is_closed_ends_its_drawing(page, held):
     known = set(STOPS)
     other = page.context.browser.new_page()
     other.set_default_timeout(WAIT)
     other.goto(page.address)
-    draw_and(other.close, other, slow)
+    draw_and(other.close, other, held)
     assert set(STOPS) == known
 
 
