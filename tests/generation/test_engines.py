@@ -1,5 +1,6 @@
 """Ways of computing a position, all with the codes of the plain one."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
@@ -40,6 +41,35 @@ def test_pictures_are_those_of_the_plain_engine(engine, guidance, sampling):
         draw(model, given, "plain", guidance, sampling, semantic_codes=False),
     )
     assert len({tuple(row) for row in plain.pixel.flatten(1).tolist()}) > 1
+
+
+class NoStream:
+    """In place of a CUDA stream: what is asked of it, in order."""
+
+    def __init__(self, name, said):
+        self.name, self.said = name, said
+
+    def wait_stream(self, other):
+        self.said.append(f"{self.name} waits for {other.name}")
+
+
+def test_heads_side_by_side_wait_for_the_state_and_are_waited_for(monkeypatch):
+    """The order of work on two streams, which a GPU alone has; the codes are those of one after the other."""
+    model, processor = shared()
+    given, said = inputs(processor, chats()[:2]), []
+    plain = draw(model, given, "plain", 3.0, FREE)
+    real, choose, main = image.Drawing.__init__, image.Drawing._choose_by, NoStream("main", said)
+
+    def with_two_streams(drawing, *arguments):
+        real(drawing, *arguments)
+        drawing.beside = NoStream("beside", said)
+
+    monkeypatch.setattr(image.Drawing, "__init__", with_two_streams)
+    monkeypatch.setattr(image.Drawing, "_choose_by", lambda d, name, *rest: said.append(name) or choose(d, name, *rest))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(said.append(f"on {stream.name}")))
+    assert same(draw(model, given, "graph", 3.0, FREE), plain)
+    assert said[:5] == ["beside waits for main", "on beside", "semantic", "pixel", "main waits for beside"]
 
 
 def test_a_model_with_learnt_places_draws_the_same():

@@ -57,22 +57,27 @@ class Rows:
     positions: Tensor  # int64 [B, T]
 
 
+def check_placeholders(counts: list[int], images: int, positions: int) -> None:
+    """Raise UserError unless the placeholders in each row are those of whole pictures, and of all of them."""
+    found, needed = sum(counts), images * positions
+    if found != needed:
+        raise UserError(
+            f"the text has {found} image placeholders, {images} images of {positions} positions need {needed}; give "
+            "one picture for every picture in the prompt"
+        )
+    if any(count % positions for count in counts):
+        raise UserError(f"rows of {counts} image placeholders: each needs a multiple of {positions}")
+
+
 def split(config: Any, ids: Tensor, mask: Tensor | None, codes: DualCodes | None) -> list[Context]:
     """A batch of ids [B, T] with padding -> its rows. Raises UserError where placeholders do not fit the pictures."""
     mask = torch.ones_like(ids) if mask is None else mask
-    counts = ((ids == config.image_id) & (mask > 0)).sum(1)
-    found, images = int(counts.sum()), 0 if codes is None else len(codes)
-    if found == images * config.positions and bool((counts % config.positions).any()):
-        raise UserError(f"rows of {counts.tolist()} image placeholders: each needs a multiple of {config.positions}")
-    if found != images * config.positions:
-        raise UserError(
-            f"the text has {found} image placeholders, {images} images of {config.positions} positions need "
-            f"{images * config.positions}; give one picture for every picture in the prompt"
-        )
+    counts = ((ids == config.image_id) & (mask > 0)).sum(1).tolist()
+    check_placeholders(counts, 0 if codes is None else len(codes), config.positions)
     if codes is not None:  # a class token's code is not for the LLM
         codes = DualCodes(codes.pixel, codes.semantic[:, -config.positions :])
     rows, at = [], 0
-    for row, keep, count in zip(ids, mask > 0, counts.tolist(), strict=True):
+    for row, keep, count in zip(ids, mask > 0, counts, strict=True):
         n = count // config.positions
         rows.append(Context(row[keep], None if codes is None or n == 0 else codes[at : at + n]))
         at += n

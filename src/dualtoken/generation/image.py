@@ -69,6 +69,8 @@ class Drawing:
                       for n, d in depths.items()}  # fmt: skip
         branches = {name: getattr(model.vision_tokenizer, name) for name in self.names}
         sums = settings.projector["sums"]
+        alone = config.engine != "graph" or device.type != "cuda" or len(self.names) == 1
+        self.beside = None if alone else torch.cuda.Stream(device)
         self.steps = {n: FeatureSteps(b, FixedCache(b.post, len(seeds), self.positions, self.at), sums)
                       for n, b in branches.items()}  # fmt: skip
 
@@ -91,14 +93,26 @@ class Drawing:
         return pixel.new_zeros(*pixel.shape[:-1], self.model.projector.widths[1])
 
     def _choose(self, hidden: Tensor) -> None:
-        """Codes of position `at` from the state before it, [B or 2B, H]."""
+        """Codes of position `at` from the state before it, [B or 2B, H].
+
+        Where steps are recorded the heads are two branches of the graph, side by side: neither fills a GPU.
+        """
         noise = self.noise.index_select(1, self.at)[:, 0]
-        for number, name in enumerate(self.names):
-            head, sampling = getattr(self.model, f"{name}_head"), getattr(self.config, name)
-            codes = draw_codes_of_position(
-                head, hidden, sampling, self.config.guidance, noise[:, number], head.config.depth
-            )
-            self.codes[name].index_copy_(1, self.at, codes[:, None])
+        if self.beside is None:
+            for number, name in enumerate(self.names):
+                self._choose_by(name, hidden, noise[:, number])
+            return
+        main = torch.cuda.current_stream()
+        self.beside.wait_stream(main)
+        with torch.cuda.stream(self.beside):
+            self._choose_by("semantic", hidden, noise[:, 1])
+        self._choose_by("pixel", hidden, noise[:, 0])
+        main.wait_stream(self.beside)
+
+    def _choose_by(self, name: str, hidden: Tensor, noise: Tensor) -> None:
+        head, sampling = getattr(self.model, f"{name}_head"), getattr(self.config, name)
+        codes = draw_codes_of_position(head, hidden, sampling, self.config.guidance, noise, head.config.depth)
+        self.codes[name].index_copy_(1, self.at, codes[:, None])
 
 
 def draws_semantic(model: Model, config: DrawConfig) -> bool:

@@ -34,6 +34,7 @@ from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.core.linear_loss import classification_loss
 from dualtoken.core.pretrained import StrictModel
+from dualtoken.generation.context import check_placeholders
 from dualtoken.generation.generate import generate as generate_any
 from dualtoken.generation.sampling import DrawConfig
 from dualtoken.mllm.config import DualTokenConfig
@@ -193,18 +194,10 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
 
     def places(self, input_ids: Tensor, codes: DualCodes | None) -> Tensor:
         """Where the positions of each image are in the flattened batch, int64 [M, N]."""
-        positions, images = self.config.positions, 0 if codes is None else len(codes)
-        found = (input_ids.flatten() == self.config.image_id).nonzero()[:, 0]
-        uneven = (input_ids == self.config.image_id).sum(-1) % positions != 0
-        if len(found) == images * positions and bool(uneven.any()):
-            counts = (input_ids == self.config.image_id).sum(-1).tolist()
-            raise UserError(f"rows of {counts} image placeholders: each needs a multiple of {positions}")
-        if len(found) != images * positions:
-            raise UserError(
-                f"the text has {len(found)} image placeholders, {images} images of {positions} positions need "
-                f"{images * positions}; give one picture for every picture in the prompt"
-            )
-        return found.view(images, positions)
+        held, positions = input_ids == self.config.image_id, self.config.positions
+        images = 0 if codes is None else len(codes)
+        check_placeholders(held.sum(-1).tolist(), images, positions)
+        return held.flatten().nonzero().view(images, positions)
 
     def drawn(self, input_ids: Tensor, places: Tensor) -> Tensor:
         """Which images stand behind `<image_gen_start>`, bool [M]."""
