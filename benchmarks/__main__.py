@@ -107,12 +107,12 @@ def write(name: str, results: list[Result], options: Options, output: Path, page
     whole = {"benchmark": name, **about, "options": asdict(options), "cases": results}
     (output / f"{stem}.json").write_text(json.dumps(whole, indent=1) + "\n")
     described = f"{about['device']}; commit {about['commit']}; torch {about['torch']}; {about['date']}"
-    text = f"`python -m benchmarks {name}`: {described}\n\n{table(results)}\n"
-    if plot(results, output / f"{stem}.svg", name):
-        text += f"\n![growth]({output.name}/{stem}.svg)\n"
-    (output / f"{stem}.md").write_text(text)
+    less = "" if options.largest == Options.largest else f" --largest {options.largest}"
+    text = f"`python -m benchmarks {name}{less}`: {described}\n\n{table(results)}\n"
+    plotted = plot(results, output / f"{stem}.svg", name)
+    (output / f"{stem}.md").write_text(text + (f"\n![growth]({stem}.svg)\n" if plotted else ""))
     if page:
-        insert(PAGE, stem, text)
+        insert(PAGE, stem, text + (f"\n![growth]({output.name}/{stem}.svg)\n" if plotted else ""))
     print(f"\n{text}\nwritten: {output / stem}.json, .md")
 
 

@@ -3,11 +3,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dualtoken.cli import main
 from dualtoken.core.images import to_bytes, to_float, to_picture
+from dualtoken.data.scene_text import captions
 from dualtoken.data.scenes import Scenes, scene
 from dualtoken.eval.commands import reconstruction, retrieval, zero_shot
 from dualtoken.eval.reconstruction import evaluate_reconstruction
@@ -142,3 +144,14 @@ def test_tables_align_and_json_has_no_nan(tmp_path):
     assert lines[2].endswith("1.235") and lines[3].endswith("-") and len({len(x) for x in lines}) == 1
     write_json(tmp_path / "sub/x.json", {"a": float("nan"), "b": {"c": [float("inf"), 1.0]}})
     assert json.loads((tmp_path / "sub/x.json").read_text()) == {"a": None, "b": {"c": [None, 1.0]}}
+
+
+def test_pictures_without_a_caption_are_left_out_of_retrieval(tmp_path, capsys):
+    for index in range(6):
+        shown = scene(index, "test")
+        Image.fromarray(shown.render(64)).save(tmp_path / f"{index}.png")
+        if index < 4:
+            (tmp_path / f"{index}.txt").write_text(captions(shown)[0])
+    found = retrieval(data=str(tmp_path))
+    assert found["images"] == found["captions"] == 4 and found["without_caption"] == 2
+    assert "2 pictures without a caption were left out" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from PIL import Image
 
 from dualtoken.cli import main
 from dualtoken.core.errors import UserError
@@ -78,6 +79,16 @@ def test_mistakes_are_one_line_before_any_work(arguments, words, tmp_path, capsy
     assert re.search(words, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
+def test_pictures_that_a_table_cannot_be_measured_on_are_refused_before_it_trains(tmp_path, capsys):
+    for folder in ("bare", "classes/dogs"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / folder / "a.png")
+    assert main(["reproduce", "table3", "--data", str(tmp_path / "bare"), "--out", str(tmp_path / "out")]) == 2
+    assert "no class folders in it" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    # class names are captions where there are no others
+    module.EXPERIMENTS["table3"].check("table3", Setting(out=tmp_path / "out", data=str(tmp_path / "classes")))
+
+
 def test_a_missing_package_is_said_before_any_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dualtoken.paper.experiment.find_spec", lambda name: None)
     for id in ("fig6", "all"):
@@ -122,3 +133,4 @@ def test_a_table_that_fails_beside_another_says_so_in_one_line(tmp_path, monkeyp
     said = capfd.readouterr().err
     assert said.strip().splitlines()[-1].endswith("no luck") and "Traceback" not in said
     assert not (tmp_path / "table1.json").exists() and not (tmp_path / "index.md").exists()
+    assert "Traceback" in (tmp_path / "table1.log").read_text()

@@ -130,6 +130,11 @@ class Written:
     failed: list[dict[str, str]] = field(default_factory=list)
 
 
+def processes() -> PartialState:
+    """The processes of accelerate launch, of which this is one, with a device for each."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not accelerator.is_available())
+
+
 def write_benchmark(
     assistant: Assistant,
     model: str,
@@ -166,8 +171,7 @@ def write_benchmark(
         "drawing": asdict(config),
         "size": assistant.processor.image_processor.size, "saved": "as drawn, not resized; PNG, or JPEG of quality 95",
     }  # fmt: skip
-    without = parse_flag_from_env("ACCELERATE_USE_CPU") or not accelerator.is_available()
-    state = PartialState(cpu=without)
+    state = processes()
     _same_run(folder / RUN, settings, state.is_main_process)
     numbers = range(len(listed))[state.process_index :: state.num_processes]
     done, waiting = Written(len(numbers)), []

@@ -222,11 +222,12 @@ def retrieval(
     if images is None:
         images = 500 if captions is None else len(source)
     seen = opened.look(read_in_order(source, images, batch_size, skipped))
-    if not any(seen.captions):
+    known = [i for i, caption in enumerate(seen.captions) if caption or captions is not None]
+    if not known:
         raise UserError(f"--data {data}: no captions; put NAME.txt beside each picture NAME.jpg, or give --captions")
-    written = [[c] for c in seen.captions] if captions is None else [source.captions[name] for name in seen.names]
+    written = [[seen.captions[i]] if captions is None else source.captions[seen.names[i]] for i in known]
     texts = embed_texts(opened.teacher, opened.texts, [text for of_one in written for text in of_one])
-    both = {who: retrieval_at_1(v, texts, written) for who, v in seen.vectors.items()}
+    both = {who: retrieval_at_1(v[known], texts, written) for who, v in seen.vectors.items()}
     found = {
         name: {who: value[i] for who, value in both.items()}
         for i, name in enumerate(("text_to_image", "image_to_text"))
@@ -234,6 +235,9 @@ def retrieval(
     print(f"retrieval R@1 among {len(written)} pictures and {len(texts)} captions")
     print(table(("direction", "semantic codes", "continuous teacher"), [(n, *v.values()) for n, v in found.items()]))
     result = {"model": model, "data": data, "images": len(written), "captions": len(texts), **found}
+    result["without_caption"] = len(seen.captions) - len(known)  # left out
+    if result["without_caption"]:
+        print(f"  {result['without_caption']} pictures without a caption were left out")
     score = (
         "cosine among all; an image is right with any of its captions; images whose captions are all equal count as one"
     )

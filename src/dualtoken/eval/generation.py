@@ -21,7 +21,7 @@ from dualtoken.core.images import image_bytes, save_picture, to_picture
 from dualtoken.data.scene_chat import RELATION
 from dualtoken.data.scene_text import EDIT_TYPES, Edit, caption, captions, edits, position, relation
 from dualtoken.data.scenes import SPLITS, Scene, SceneObject, scene
-from dualtoken.eval.benchmarks import write_benchmark
+from dualtoken.eval.benchmarks import processes, write_benchmark
 from dualtoken.eval.report import Share, share, table, write_json
 from dualtoken.eval.scene_reader import SeenObject, background, read_scene, shows, shows_relation
 from dualtoken.eval.understanding import picture_of
@@ -86,7 +86,8 @@ def generation(
         raise UserError(f"--prompts {prompts}: say of which --benchmark they are")
     if drawings < 1 or edited < 1:
         raise UserError(f"--drawings {drawings}, --edited {edited}: give at least 1 of each")
-    assistant = Assistant.open(model, engine=engine)
+    device = None if benchmark is None else str(processes().device)  # each process its own
+    assistant = Assistant.open(model, device=device, engine=engine)
     config = assistant.model.draw_config
     config.guidance = config.guidance if guidance is None else guidance
     config.semantic_codes = config.semantic_codes and semantic_codes

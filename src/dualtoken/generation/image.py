@@ -9,6 +9,7 @@ Shapes: B images, N positions, D depth, K codebook size, H width of the LLM.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -184,12 +185,13 @@ def draw(
     settings = model.config
     batch = [c.extend([settings.draw_start_id]) for c in (*contexts, *(unconditional if guided else ()))]
     rows = join(model, batch, settings.positions, draws_semantic(model, config))
-    drawing = Drawing(model, rows, len(batch) // len(contexts), config, seeds)
-    step = steps_of(drawing)
-    for position in range(settings.positions):
-        drawing.begin() if position == 0 else step()
-        if callback is not None:
-            callback(position + 1, settings.positions)
-        if watch is not None:
-            watch(DualCodes(*(drawing.codes[name][:, : position + 1].clone() for name in ("pixel", "semantic"))))
+    with torch.cuda.device(rows.embeds.device) if rows.embeds.is_cuda else nullcontext():  # streams are of its own
+        drawing = Drawing(model, rows, len(batch) // len(contexts), config, seeds)
+        step = steps_of(drawing)
+        for position in range(settings.positions):
+            drawing.begin() if position == 0 else step()
+            if callback is not None:
+                callback(position + 1, settings.positions)
+            if watch is not None:
+                watch(DualCodes(*(drawing.codes[name][:, : position + 1].clone() for name in ("pixel", "semantic"))))
     return DualCodes(drawing.codes["pixel"], drawing.codes["semantic"])

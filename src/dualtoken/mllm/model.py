@@ -290,7 +290,7 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
         loss = config.text_weight * text
         for weight, by_depth in ((config.pixel_weight, pixel), (config.semantic_weight, semantic)):
             depths = by_depth.new_tensor(config.depth_weights or [1.0] * len(by_depth))[: len(by_depth)]
-            loss = loss + weight * (depths @ by_depth)
+            loss = loss + weight * (depths * by_depth).sum()
         return DualTokenOutput(loss=loss, text=text.detach(), pixel=pixel.detach(), semantic=semantic.detach())
 
     @torch.no_grad()

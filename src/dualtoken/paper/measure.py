@@ -3,6 +3,7 @@
 In miniature one pass over unseen scenes; at full scale the commands of `dualtoken eval` with ImageNet's names.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -37,11 +38,14 @@ def device() -> str:
 
 def check_measuring(setting: Setting) -> None:
     """Raise UserError where pictures, names, encoder or Inception do not do: before days of training, not after."""
-    pair = open_image_text(setting.encoder)
+    pair = open_image_text(setting.encoder or "mini")
     source = open_source(DataConfig(setting.source), pair.encoder.backbone.image_size, "test", "--data")
     if not source.classes:
         raise UserError(f"--data {setting.data}: no class folders in it; zero-shot accuracy needs a folder a class")
-    class_names("imagenet", source.classes)
+    if setting.scale == "full":
+        class_names("imagenet", source.classes)
+    elif not all(next(iter(read_in_order(source, 1, 1, []))).captions):
+        raise UserError(f"--data {setting.data}: no captions; retrieval needs NAME.txt beside each picture")
     if setting.train_data is not None:
         open_source(DataConfig(setting.train_data), pair.encoder.backbone.image_size, "train", "--train_data")
     if setting.inception is not None:
@@ -143,7 +147,7 @@ def over_seeds(found: Sequence[dict[str, float | None]]) -> dict[str, float | No
     """Mean of every measure over seeds, and beside it, of several, the standard deviation as `NAME sd`."""
     spread: dict[str, float | None] = {}
     for name in found[0]:
-        values = [one[name] for one in found if one[name] is not None]
+        values = [one[name] for one in found if one[name] is not None and math.isfinite(one[name])]
         spread[name] = mean(values) if values else None
         if len(values) > 1:
             spread[name + SPREAD] = stdev(values)

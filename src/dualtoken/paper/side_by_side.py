@@ -2,10 +2,14 @@
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 
 import torch
@@ -39,7 +43,7 @@ def run_all(work: Sequence[Work], processes: int) -> None:
 
 def _run_beside(work: Sequence[Work], processes: int) -> None:
     waiting, at_work = list(work), dict[Future[None], Work]()
-    start = {"initializer": torch.set_num_threads, "initargs": (max(1, _cores() // processes),)}
+    start = {"initializer": _begin, "initargs": (max(1, _cores() // processes),)}
     with (
         tqdm(total=len(work), desc="tables and figures", unit="") as bar,
         ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), **start) as pool,
@@ -54,15 +58,29 @@ def _run_beside(work: Sequence[Work], processes: int) -> None:
                 try:
                     future.result()
                 except BrokenProcessPool:
+                    ids = ", ".join([id, *(other for other, *_ in at_work.values())])
                     raise UserError(
-                        f"{id}: its process was ended, perhaps for lack of memory (--processes 1 takes less); what is "
-                        f"trained is kept, the same command goes on; see {_log(id, setting)}"
+                        f"{ids}: a process was ended, perhaps for lack of memory (--processes 1 takes less); what is "
+                        f"trained is kept, the same command goes on; see {setting.out}/*.log"
                     ) from None
                 except BaseException:
                     bar.write(f"{id} failed, see {_log(id, setting)}; what is at work beside it comes to its end first")
+                    for other in [one for one in at_work if one.exception() is not None]:
+                        bar.write(f"{at_work[other][0]} failed too, see {_log(at_work[other][0], setting)}")
                     raise
                 bar.update()
                 bar.write(f"{id} is made: {setting.out / id}.json")
+
+
+def _begin(threads: int) -> None:
+    """A process of the pool begins: its threads, and its end where the one that began it is killed."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    wait_for_end([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)  # a training saves its state
 
 
 def _run_one(id: str, experiment: Experiment, setting: Setting) -> None:
@@ -73,7 +91,11 @@ def _run_one(id: str, experiment: Experiment, setting: Setting) -> None:
         sys.stderr.flush()
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-        run(id, experiment, setting)
+        try:
+            run(id, experiment, setting)
+        except BaseException:
+            traceback.print_exc()
+            raise
 
 
 def _log(id: str, setting: Setting) -> Path:

@@ -180,8 +180,6 @@ def _run(part: Part, folder: Path, models: dict[str, Path], setting: Setting) ->
     print(f"training {folder.name}")
     parsed = parser.parse_object(copy.deepcopy(content))  # it changes what it is given
     COMMANDS[part.command](**parser.instantiate(parsed).as_dict())
-    for states in folder.rglob("states"):
-        shutil.rmtree(states)
     told = {
         "minutes": round((time.time() - start) / 60, 3),
         "commit": version(),
@@ -190,6 +188,8 @@ def _run(part: Part, folder: Path, models: dict[str, Path], setting: Setting) ->
     }
     with whole_or_not_at_all(folder / DONE) as draft:
         draft.write_text(json.dumps(told, indent=1))
+    for states in folder.rglob("states"):
+        shutil.rmtree(states)
 
 
 @lru_cache
