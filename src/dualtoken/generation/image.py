@@ -10,6 +10,8 @@ Shapes: B images, N positions, D depth, K codebook size, H width of the LLM.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,10 +19,11 @@ from torch import Tensor
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.generation.context import Context, Model, Rows, join
-from dualtoken.generation.llm_cache import FixedContext, GrowingContext
+from dualtoken.generation.llm_cache import FixedContext, GrowingContext, room_for
 from dualtoken.generation.sampling import DrawConfig, HeadSampling, guide, sample, uniforms
 from dualtoken.tokenizer.branch import AttentionCache, Branch, FixedCache
 
+RECORDED = ("graph", "compiled")  # engines whose steps are recorded on a GPU
 WARM_UP = 3  # positions drawn before a graph is recorded, so that libraries have made their choices and buffers
 
 
@@ -54,7 +57,10 @@ def draw_codes_of_position(
 
 
 class Drawing:
-    """B images while they grow: `begin` draws the first position, every `advance` the next, in place."""
+    """B images while they grow: `begin` draws the first position, every `advance` the next, in place.
+
+    But on the engine "plain" it can `restart` with other prompts and seeds, all its state staying where it is.
+    """
 
     def __init__(self, model: Model, rows: Rows, copies: int, config: DrawConfig, seeds: list[int]):
         settings = model.config
@@ -70,10 +76,19 @@ class Drawing:
                       for n, d in depths.items()}  # fmt: skip
         branches = {name: getattr(model.vision_tokenizer, name) for name in self.names}
         sums = settings.projector["sums"]
-        alone = config.engine != "graph" or device.type != "cuda" or len(self.names) == 1
+        alone = config.engine not in RECORDED or device.type != "cuda" or len(self.names) == 1
         self.beside = None if alone else torch.cuda.Stream(device)
         self.steps = {n: FeatureSteps(b, FixedCache(b.post, len(seeds), self.positions, self.at), sums)
                       for n, b in branches.items()}  # fmt: skip
+        self.read, self.choose = self._read, self._choose_by  # the two pieces of a step that can be compiled
+
+    def restart(self, rows: Rows, seeds: list[int]) -> None:
+        """Other images, as many, of prompts that fit into the same room."""
+        self.rows = rows
+        self.context.restart(rows.mask, rows.positions)
+        self.noise.copy_(uniforms(seeds, *self.noise.shape[1::2], self.noise.device))
+        for state in (self.at, *self.codes.values()):
+            state.zero_()
 
     def begin(self) -> None:
         """Read the prompts and draw position 1."""
@@ -81,13 +96,17 @@ class Drawing:
 
     def advance(self) -> None:
         """Read the position drawn last and draw the next."""
+        hidden = self.read()
+        self.at.add_(1)
+        self._choose(hidden)
+
+    def _read(self) -> Tensor:
+        """The position drawn last through both branches, the projector and the LLM -> its state, [B or 2B, H]."""
         features = {name: step(self.codes[name].index_select(1, self.at)) for name, step in self.steps.items()}
         pixel = features["pixel"].to(self.rows.embeds.dtype)
         semantic = features["semantic"].to(pixel.dtype) if "semantic" in features else self._unknown(pixel)
         embeds = self.model.projector(pixel, semantic, first=self.at)
-        hidden = self.context.read(embeds.repeat(self.copies, 1, 1))
-        self.at.add_(1)
-        self._choose(hidden)
+        return self.context.read(embeds.repeat(self.copies, 1, 1))
 
     def _unknown(self, pixel: Tensor) -> Tensor:
         """What stands in place of semantic features that are not drawn."""
@@ -101,13 +120,13 @@ class Drawing:
         noise = self.noise.index_select(1, self.at)[:, 0]
         if self.beside is None:
             for number, name in enumerate(self.names):
-                self._choose_by(name, hidden, noise[:, number])
+                self.choose(name, hidden, noise[:, number])
             return
         main = torch.cuda.current_stream()
         self.beside.wait_stream(main)
         with torch.cuda.stream(self.beside):
-            self._choose_by("semantic", hidden, noise[:, 1])
-        self._choose_by("pixel", hidden, noise[:, 0])
+            self.choose("semantic", hidden, noise[:, 1])
+        self.choose("pixel", hidden, noise[:, 0])
         main.wait_stream(self.beside)
 
     def _choose_by(self, name: str, hidden: Tensor, noise: Tensor) -> None:
@@ -127,12 +146,11 @@ def steps_of(drawing: Drawing) -> Callable[[], None]:
     "graph" and "compiled" record it as a CUDA graph after a few positions, so that the processor has one launch a
     position in place of hundreds; off the GPU there is nothing to record.
     """
-    advance = drawing.advance
     if drawing.config.engine == "compiled":
-        advance = torch.compile(advance, dynamic=False)
-    if drawing.config.engine in ("graph", "compiled") and drawing.at.is_cuda:
-        return Recorded(advance)
-    return advance
+        drawing.read, drawing.choose = (torch.compile(f, dynamic=False) for f in (drawing.read, drawing.choose))
+    if drawing.config.engine in RECORDED and drawing.at.is_cuda:
+        return Recorded(drawing.advance)
+    return drawing.advance
 
 
 class Recorded:
@@ -151,9 +169,41 @@ class Recorded:
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # recorded, not run
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # recorded, not run
                 self.step()
         self.graph.replay()
+
+
+Kept = tuple[tuple, Drawing, Callable[[], None]]  # what it was made for, and its step
+KEPT: WeakKeyDictionary[Model, Kept] = WeakKeyDictionary()  # of each model the drawing that was recorded last
+
+
+def recorded_parts(model: Model) -> tuple:
+    """What of a model a recording holds on to: the addresses of its weights, and which adapters are at work."""
+    adapters = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+    return (
+        tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers())),
+        tuple((m.disable_adapters, tuple(m.active_adapters)) for m in adapters),
+    )
+
+
+def drawing_of(model: Model, rows: Rows, copies: int, config: DrawConfig, seeds: list[int]) -> Kept:
+    """A drawing ready to begin: the recorded one of the last images where they were as many and of the same room.
+
+    It is taken out of `KEPT`, so that no one else draws with it; who has drawn puts it back.
+    """
+    if config.engine not in RECORDED or not rows.embeds.is_cuda:
+        drawing = Drawing(model, rows, copies, config, seeds)
+        return (), drawing, steps_of(drawing)
+    room = room_for(rows.mask.shape[1], model.config.positions - 1)
+    key = (len(seeds), copies, room, rows.embeds.dtype, replace(config), *recorded_parts(model))
+    known, drawing, step = KEPT.pop(model, ((), None, None))
+    if drawing is not None and known == key:
+        drawing.restart(rows, seeds)
+        return known, drawing, step
+    del drawing, step  # its memory first
+    drawing = Drawing(model, rows, copies, config, seeds)
+    return key, drawing, steps_of(drawing)
 
 
 @torch.no_grad()
@@ -186,12 +236,16 @@ def draw(
     batch = [c.extend([settings.draw_start_id]) for c in (*contexts, *(unconditional if guided else ()))]
     rows = join(model, batch, settings.positions, draws_semantic(model, config))
     with torch.cuda.device(rows.embeds.device) if rows.embeds.is_cuda else nullcontext():  # streams are of its own
-        drawing = Drawing(model, rows, len(batch) // len(contexts), config, seeds)
-        step = steps_of(drawing)
+        key, drawing, step = drawing_of(model, rows, len(batch) // len(contexts), config, seeds)
         for position in range(settings.positions):
             drawing.begin() if position == 0 else step()
             if callback is not None:
                 callback(position + 1, settings.positions)
             if watch is not None:
                 watch(DualCodes(*(drawing.codes[name][:, : position + 1].clone() for name in ("pixel", "semantic"))))
-    return DualCodes(drawing.codes["pixel"], drawing.codes["semantic"])
+    codes = DualCodes(drawing.codes["pixel"], drawing.codes["semantic"])
+    if not key:
+        return codes
+    codes = DualCodes(codes.pixel.clone(), codes.semantic.clone())
+    KEPT[model] = key, drawing, step
+    return codes

@@ -38,6 +38,11 @@ class GrowingContext:
         return out.last_hidden_state[:, -1]
 
 
+def room_for(prompt: int, new: int) -> int:
+    """Places L that `FixedContext` makes for a prompt of T and `new` more embeds."""
+    return -(-(prompt + new) // ROUND) * ROUND
+
+
 class FixedContext(GrowingContext):
     """Keys and values have L places from the start; the masks are made here, without a look at what is in them.
 
@@ -53,12 +58,21 @@ class FixedContext(GrowingContext):
                 f"draw engine: {type(model.llm).__name__} has layers of {', '.join(sorted(kinds))} and the attention "
                 f"{settings._attn_implementation!r}; engines but 'plain' need full attention by 'sdpa' or 'eager'"
             )
-        length = -(-(mask.shape[1] + new) // ROUND) * ROUND
+        length = room_for(mask.shape[1], new)
         self.cache = StaticCache(config=settings, max_cache_len=length)
-        self.real = F.pad(mask, (0, length - mask.shape[1]), value=1).bool()[:, None, None]  # [B, 1, 1, L]
+        self.real = torch.ones(len(mask), 1, 1, length, dtype=torch.bool, device=mask.device)
         self.numbers = torch.arange(length, device=mask.device)
         self.done = torch.zeros(1, dtype=torch.int64, device=mask.device)  # places that are filled
-        self.next_place = places[:, -1:].clone()
+        self.next_place = torch.zeros_like(places[:, -1:])
+        self.restart(mask, places)
+
+    def restart(self, mask: Tensor, places: Tensor) -> None:
+        """Forget all, and begin with another prompt that fits into the same room."""
+        self.real.copy_(F.pad(mask, (0, len(self.numbers) - mask.shape[1]), value=1)[:, None, None])
+        self.next_place.copy_(places[:, -1:])
+        self.done.zero_()
+        self.cache.reset()
+        self.places = places
 
     def read(self, embeds: Tensor) -> Tensor:
         count = embeds.shape[1]

@@ -1,0 +1,66 @@
+"""The engines where steps are recorded: on a GPU alone."""
+
+import copy
+
+import pytest
+import torch
+
+from dualtoken.generation import image
+from tests.generation.lively import chats, inputs, shared
+from tests.generation.test_engines import FREE, LIKELIEST, draw, same
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are recorded on a GPU, and there is none")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return copy.deepcopy(shared()[0]).to("cuda")
+
+
+def given(count, turn=0):
+    """Inputs of `count` prompts on the GPU."""
+    asked = chats()
+    made = inputs(shared()[1], [asked[(turn + k) % len(asked)] for k in range(count)])
+    return {k: v.to("cuda") if hasattr(v, "to") else v for k, v in made.items()}
+
+
+@pytest.mark.parametrize("sampling", [LIKELIEST, FREE], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("engine", ["static", "graph", "compiled"])
+def test_pictures_are_those_of_the_plain_engine(model, engine, guidance, sampling):
+    for turn in range(3):  # from the second on the recording of the first is played
+        asked = given(2, turn)
+        plain = draw(model, asked, "plain", guidance, sampling)
+        assert same(draw(model, asked, engine, guidance, sampling), plain)
+    options = {"semantic_codes": False}
+    assert same(draw(model, asked, engine, guidance, sampling, **options),
+                draw(model, asked, "plain", guidance, sampling, **options))  # fmt: skip
+
+
+def test_a_recording_is_kept_for_pictures_of_the_same_room_and_made_anew_for_other_weights(model):
+    asked = given(2)
+    first = draw(model, asked, "graph", 3.0, FREE)
+    kept = image.KEPT[model][2]
+    assert same(draw(model, asked, "graph", 3.0, FREE), first) and image.KEPT[model][2] is kept
+    draw(model, given(1), "graph", 3.0, FREE)
+    assert image.KEPT[model][2] is not kept
+    kept = image.KEPT[model][2]
+    other = copy.deepcopy(model)
+    head = model.pixel_head.classifiers[0].weight
+    old, head.data = head.data, -head.data
+    changed = draw(model, given(1), "graph", 3.0, FREE)
+    assert image.KEPT[model][2] is not kept and model not in [other]
+    assert same(changed, draw(model, given(1), "plain", 3.0, FREE))
+    head.data = old
+
+
+def test_playing_a_recording_waits_for_nothing(model):
+    draw(model, given(2), "graph", 3.0, FREE)
+    _, drawing, step = image.KEPT[model]
+    drawing.restart(drawing.rows, [0, 1])
+    drawing.begin()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
