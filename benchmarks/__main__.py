@@ -5,11 +5,12 @@
     uv run python -m benchmarks drawing --device cuda
     uv run python -m benchmarks --size tiny --output runs/tiny     that it runs; its figures mean nothing
 
-Each case runs in a process of its own, one after the other. Written: NAME-DEVICE.json, .md and, where something grows,
+On a CPU each case runs in a process of its own. Written: NAME-DEVICE.json, .md and, where something grows,
 .svg; at full size into docs/benchmarks/, and the tables into docs/benchmarks.md.
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -57,11 +58,29 @@ def run_alone(name: str, number: int, options: Options) -> Result:
     return {"error": f"failed: {last[:160]}"}
 
 
+def run_here(name: str, number: int, options: Options) -> Result:
+    """One case in this process, as on a GPU, whose memory is counted by the allocator and free again after a case."""
+    import torch
+
+    try:
+        return measured(name, number, options)
+    except Exception as error:
+        return {"error": f"failed: {type(error).__name__}: {error}".splitlines()[0][:160]}
+    finally:
+        gc.collect()
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+
+def measured(name: str, number: int, options: Options) -> Result:
+    """A case's figures."""
+    found = measure(cases(name, options)[number], options)
+    return asdict(found) | {"median": found.median}
+
+
 def print_case(name: str, number: int, options: Options) -> None:
     """What a case's own process does."""
-    case = cases(name, options)[number]
-    found = measure(case, options)
-    print(MARK + json.dumps(asdict(found) | {"median": found.median}))
+    print(MARK + json.dumps(measured(name, number, options)))
 
 
 def run(name: str, options: Options) -> list[Result]:
@@ -69,7 +88,7 @@ def run(name: str, options: Options) -> list[Result]:
     results = []
     for number, case in enumerate(cases(name, options)):
         told = {"group": case.group, "name": case.name, "role": case.role, "rows": case.rows, "series": case.series}
-        results.append(told | run_alone(name, number, options))
+        results.append(told | (run_alone if options.device == "cpu" else run_here)(name, number, options))
         last = results[-1]
         print(f"  {case.group}, {case.name}: {last.get('error') or format(last['median'], '.4g') + ' s'}", flush=True)
     return results
@@ -116,6 +135,22 @@ def write(name: str, results: list[Result], options: Options, output: Path, page
     print(f"\n{text}\nwritten: {output / stem}.json, .md")
 
 
+def check(options: Options, parser: argparse.ArgumentParser) -> None:
+    """What cannot run ends here, before the work."""
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no GPU; leave the option out to run on the CPU")
+    if options.reference is not None:
+        from benchmarks.quantizer import load
+
+        try:
+            load(Path(options.reference))
+        except (FileNotFoundError, ImportError) as error:
+            parser.error(str(error))
+
+
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
@@ -125,7 +160,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of each case")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each case, but at least one time")
     parser.add_argument("--largest", type=int, default=2**20, help="leave out cases of more rows (saves minutes)")
-    parser.add_argument("--reference", help="a checkout of the paper's repository, for its quantiser")
+    parser.add_argument(
+        "--reference", type=os.path.abspath, help="a checkout of the paper's repository, for its quantiser"
+    )
     parser.add_argument("--output", type=Path, help="folder; default at full size: docs/benchmarks")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--options", help=argparse.SUPPRESS)
@@ -138,6 +175,7 @@ def main() -> None:
         return
     chosen = ("size", "device", "repeats", "seconds", "largest", "reference")
     options = Options(**{key: getattr(given, key) for key in chosen})
+    check(options, parser)
     page = given.output is None and not options.tiny
     output = given.output or (PAGE.parent / "benchmarks" if page else Path("runs/benchmarks-tiny"))
     usual = [name for name in NAMES if name != "startup" or options.device == "cpu"]  # starting needs no GPU

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.drawing import parts_of, random_model
 from benchmarks.measure import Case, Options, Work
+from dualtoken.core.codes import DualCodes
 from dualtoken.core.linear_loss import classification_loss
 from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.presets import SHAPES
 from dualtoken.training.memory import BatchShape, stage_memory
-from dualtoken.training.stages import STAGES
+from dualtoken.training.stages import STAGES, recompute_activations, set_trained
 
 PATIENCE = 2**27  # logits beyond which torch's own loss takes minutes on a CPU, so it is left out
 
@@ -49,9 +51,14 @@ def cases(options: Options) -> list[Case]:
                                  partial(work, loss, sizes, options), rows, line))  # fmt: skip
             made.append(Case(group, "its matrix products alone", "limit", partial(products, sizes, options),
                              rows, series and f"{series}: products"))  # fmt: skip
-    made.append(
-        Case("planned memory of stage 4-1 at 3B, 64 samples of 384 tokens", "ours", "ours", partial(plan, options))
-    )
+    if options.device == "cpu":
+        made.append(
+            Case("planned memory of stage 4-1 at 3B, 64 samples of 384 tokens", "ours", "ours", partial(plan, options))
+        )
+    if options.device == "cuda" or options.tiny:
+        group = f"a step of stage 4-1, {'tiny' if options.tiny else '3B, 64 samples of 384 tokens'}, bfloat16"
+        made.append(Case(group, "ours", "ours", partial(training_step, True, options)))
+        made.append(Case(group, "one vocabulary alone (pixel)", "reference", partial(training_step, False, options)))
     return made
 
 
@@ -116,6 +123,39 @@ def plan(options: Options) -> Work:
                           f"{name}: dual over single": dual[name] / single})  # fmt: skip
 
     return Work(run, facts=lambda: found)
+
+
+def training_step(dual: bool, options: Options) -> Work:
+    """Forward, backward and AdamW of stage 4-1 on one device, each sample one drawn picture and 64 tokens of text.
+
+    Its extra memory is what comes on top of the weights: gradients, moments, activations.
+    """
+    model = random_model(parts_of(options), options.device, torch.float32).train()
+    recompute_activations(model, STAGES["4-1"])
+    if not dual:
+        model.config.output, model.semantic_head = "pixel", None
+    learning = [p for group in set_trained(model, STAGES["4-1"]).values() for p in group]
+    optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True)
+    samples, length, words, positions = (2, 24, 8, 4) if options.tiny else (64, 384, 64, 256)
+    ids = torch.full((samples, length), 40)
+    start = length - positions - 2
+    ids[:, start : start + positions + 2] = model.config.image_id
+    ids[:, start], ids[:, -1] = model.config.draw_start_id, model.config.draw_end_id
+    labels = torch.full_like(ids, -100)
+    labels[:, start - words : start] = 40
+    shape = (samples, positions, model.config.pixel_head["depth"])
+    codes = torch.randint(model.config.pixel_head["codebook_size"], shape, generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids.to(options.device), "labels": labels.to(options.device)}
+    given["codes"] = DualCodes(codes, codes).to(options.device)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(options.device, torch.bfloat16):
+            loss = model(**given).loss
+        loss.backward()
+        optimizer.step()
+
+    return Work(run, samples, "samples")
 
 
 def without_semantics(model: DualTokenForConditionalGeneration) -> None:

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from dualtoken.generation import image
 from tests.generation.lively import chats, inputs, shared
 from tests.generation.test_engines import FREE, LIKELIEST, draw, same
 
@@ -37,26 +36,30 @@ def test_pictures_are_those_of_the_plain_engine(model, engine, guidance, samplin
                 draw(model, asked, "plain", guidance, sampling, **options))  # fmt: skip
 
 
+def kept(model):
+    """The drawing that was recorded last, and its step."""
+    return vars(model)["_recorded"].last[1:]
+
+
 def test_a_recording_is_kept_for_pictures_of_the_same_room_and_made_anew_for_other_weights(model):
     asked = given(2)
     first = draw(model, asked, "graph", 3.0, FREE)
-    kept = image.KEPT[model][2]
-    assert same(draw(model, asked, "graph", 3.0, FREE), first) and image.KEPT[model][2] is kept
+    step = kept(model)[1]
+    assert same(draw(model, asked, "graph", 3.0, FREE), first) and kept(model)[1] is step
     draw(model, given(1), "graph", 3.0, FREE)
-    assert image.KEPT[model][2] is not kept
-    kept = image.KEPT[model][2]
-    other = copy.deepcopy(model)
-    head = model.pixel_head.classifiers[0].weight
+    assert kept(model)[1] is not step
+    step, head = kept(model)[1], model.pixel_head.classifiers[0].weight
     old, head.data = head.data, -head.data
     changed = draw(model, given(1), "graph", 3.0, FREE)
-    assert image.KEPT[model][2] is not kept and model not in [other]
+    assert kept(model)[1] is not step
     assert same(changed, draw(model, given(1), "plain", 3.0, FREE))
     head.data = old
+    assert vars(copy.deepcopy(model))["_recorded"].last is None
 
 
 def test_playing_a_recording_waits_for_nothing(model):
     draw(model, given(2), "graph", 3.0, FREE)
-    _, drawing, step = image.KEPT[model]
+    drawing, step = kept(model)
     drawing.restart(drawing.rows, [0, 1])
     drawing.begin()
     torch.cuda.set_sync_debug_mode("error")

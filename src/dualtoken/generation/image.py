@@ -11,7 +11,7 @@ Shapes: B images, N positions, D depth, K codebook size, H width of the LLM.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from weakref import WeakKeyDictionary
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -67,8 +67,7 @@ class Drawing:
         self.model, self.rows, self.copies, self.config = model, rows, copies, config
         self.names = ("pixel", "semantic") if draws_semantic(model, config) else ("pixel",)
         self.positions, device = settings.positions, rows.embeds.device
-        kind = GrowingContext if config.engine == "plain" else FixedContext
-        self.context = kind(model, rows.mask, rows.positions, self.positions - 1)
+        self.context = kind_of_context(model, config, rows)(model, rows.mask, rows.positions, self.positions - 1)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # the position drawn last
         depths = {name: getattr(settings, f"{name}_head")["depth"] for name in ("pixel", "semantic")}
         self.noise = uniforms(seeds, self.positions, max(depths.values()), device)
@@ -80,7 +79,7 @@ class Drawing:
         self.beside = None if alone else torch.cuda.Stream(device)
         self.steps = {n: FeatureSteps(b, FixedCache(b.post, len(seeds), self.positions, self.at), sums)
                       for n, b in branches.items()}  # fmt: skip
-        self.read, self.choose = self._read, self._choose_by  # the two pieces of a step that can be compiled
+        self.embed, self.read, self.choose = self._embed, self.context.read, self._choose_by  # may be compiled
 
     def restart(self, rows: Rows, seeds: list[int]) -> None:
         """Other images, as many, of prompts that fit into the same room."""
@@ -96,17 +95,17 @@ class Drawing:
 
     def advance(self) -> None:
         """Read the position drawn last and draw the next."""
-        hidden = self.read()
+        hidden = self.read(self.embed())
         self.at.add_(1)
         self._choose(hidden)
 
-    def _read(self) -> Tensor:
-        """The position drawn last through both branches, the projector and the LLM -> its state, [B or 2B, H]."""
+    def _embed(self) -> Tensor:
+        """The position drawn last through both branches and the projector -> embeds [B or 2B, 1, H]."""
         features = {name: step(self.codes[name].index_select(1, self.at)) for name, step in self.steps.items()}
         pixel = features["pixel"].to(self.rows.embeds.dtype)
         semantic = features["semantic"].to(pixel.dtype) if "semantic" in features else self._unknown(pixel)
         embeds = self.model.projector(pixel, semantic, first=self.at)
-        return self.context.read(embeds.repeat(self.copies, 1, 1))
+        return embeds.repeat(self.copies, 1, 1)
 
     def _unknown(self, pixel: Tensor) -> Tensor:
         """What stands in place of semantic features that are not drawn."""
@@ -140,6 +139,16 @@ def draws_semantic(model: Model, config: DrawConfig) -> bool:
     return config.semantic_codes and model.config.output == "both"
 
 
+def kind_of_context(model: Model, config: DrawConfig, rows: Rows) -> type[GrowingContext]:
+    """How the LLM goes on: growing, with fixed room, or through kernels of few launches where they pay."""
+    if config.engine in RECORDED and rows.embeds.is_cuda and find_spec("triton"):
+        from dualtoken.generation import fused_llm  # Triton is not on every machine
+
+        if fused_llm.fits(model, len(rows.mask)):
+            return fused_llm.FusedContext
+    return GrowingContext if config.engine == "plain" else FixedContext
+
+
 def steps_of(drawing: Drawing) -> Callable[[], None]:
     """What draws one more position, by the engine: each call is a whole step.
 
@@ -147,7 +156,9 @@ def steps_of(drawing: Drawing) -> Callable[[], None]:
     position in place of hundreds; off the GPU there is nothing to record.
     """
     if drawing.config.engine == "compiled":
-        drawing.read, drawing.choose = (torch.compile(f, dynamic=False) for f in (drawing.read, drawing.choose))
+        drawing.embed, drawing.choose = (torch.compile(f, dynamic=False) for f in (drawing.embed, drawing.choose))
+        if type(drawing.context) is FixedContext:  # the other is kernels already
+            drawing.read = torch.compile(drawing.read, dynamic=False)
     if drawing.config.engine in RECORDED and drawing.at.is_cuda:
         return Recorded(drawing.advance)
     return drawing.advance
@@ -174,8 +185,22 @@ class Recorded:
         self.graph.replay()
 
 
-Kept = tuple[tuple, Drawing, Callable[[], None]]  # what it was made for, and its step
-KEPT: WeakKeyDictionary[Model, Kept] = WeakKeyDictionary()  # of each model the drawing that was recorded last
+class Keep:
+    """Of a model the drawing that was recorded last: what it was made for, itself, its step. A copy has none."""
+
+    def __init__(self):
+        self.last: tuple[tuple, Drawing, Callable[[], None]] | None = None
+
+    def take(self, key: tuple) -> tuple[Drawing, Callable[[], None]] | None:
+        """What was made for the key, if it is there; nothing is left here, so that no one else draws with it."""
+        last, self.last = self.last, None
+        return last[1:] if last is not None and last[0] == key else None
+
+    def __deepcopy__(self, memo: dict) -> "Keep":
+        return Keep()
+
+    def __reduce__(self) -> tuple:
+        return Keep, ()
 
 
 def recorded_parts(model: Model) -> tuple:
@@ -187,23 +212,26 @@ def recorded_parts(model: Model) -> tuple:
     )
 
 
-def drawing_of(model: Model, rows: Rows, copies: int, config: DrawConfig, seeds: list[int]) -> Kept:
-    """A drawing ready to begin: the recorded one of the last images where they were as many and of the same room.
+def drawing_of(
+    model: Model, rows: Rows, copies: int, config: DrawConfig, seeds: list[int]
+) -> tuple[Drawing, Callable[[], None], Callable[[], None]]:
+    """A drawing ready to begin, its step, and what is called when it is done.
 
-    It is taken out of `KEPT`, so that no one else draws with it; who has drawn puts it back.
+    A recorded one is kept with its model, and taken again for as many images of prompts that fit into the same room.
     """
     if config.engine not in RECORDED or not rows.embeds.is_cuda:
         drawing = Drawing(model, rows, copies, config, seeds)
-        return (), drawing, steps_of(drawing)
+        return drawing, steps_of(drawing), lambda: None
     room = room_for(rows.mask.shape[1], model.config.positions - 1)
     key = (len(seeds), copies, room, rows.embeds.dtype, replace(config), *recorded_parts(model))
-    known, drawing, step = KEPT.pop(model, ((), None, None))
-    if drawing is not None and known == key:
+    keep = vars(model).setdefault("_recorded", Keep())
+    if (known := keep.take(key)) is not None:
+        drawing, step = known
         drawing.restart(rows, seeds)
-        return known, drawing, step
-    del drawing, step  # its memory first
-    drawing = Drawing(model, rows, copies, config, seeds)
-    return key, drawing, steps_of(drawing)
+    else:
+        drawing = Drawing(model, rows, copies, config, seeds)
+        step = steps_of(drawing)
+    return drawing, step, lambda: setattr(keep, "last", (key, drawing, step))
 
 
 @torch.no_grad()
@@ -236,16 +264,13 @@ def draw(
     batch = [c.extend([settings.draw_start_id]) for c in (*contexts, *(unconditional if guided else ()))]
     rows = join(model, batch, settings.positions, draws_semantic(model, config))
     with torch.cuda.device(rows.embeds.device) if rows.embeds.is_cuda else nullcontext():  # streams are of its own
-        key, drawing, step = drawing_of(model, rows, len(batch) // len(contexts), config, seeds)
+        drawing, step, keep = drawing_of(model, rows, len(batch) // len(contexts), config, seeds)
         for position in range(settings.positions):
             drawing.begin() if position == 0 else step()
             if callback is not None:
                 callback(position + 1, settings.positions)
             if watch is not None:
                 watch(DualCodes(*(drawing.codes[name][:, : position + 1].clone() for name in ("pixel", "semantic"))))
-    codes = DualCodes(drawing.codes["pixel"], drawing.codes["semantic"])
-    if not key:
-        return codes
-    codes = DualCodes(codes.pixel.clone(), codes.semantic.clone())
-    KEPT[model] = key, drawing, step
+    codes = DualCodes(drawing.codes["pixel"].clone(), drawing.codes["semantic"].clone())
+    keep()
     return codes

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dualtoken.core.errors import UserError
 
+FEW = 4  # rows that a GPU sorts whole sooner than it finds the first k of them: topk gives each row to one block
+
 DrawEngine = Literal["plain", "static", "graph", "compiled"]
 
 
@@ -89,7 +91,10 @@ def keep_likely(logits: Tensor, sampling: HeadSampling) -> tuple[Tensor, Tensor]
     Top-p keeps the code that crosses the threshold.
     """
     kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    values, codes = logits.topk(kept, -1)  # sorted
+    if logits.is_cuda and len(logits) <= FEW:
+        values, codes = (part[:, :kept] for part in logits.sort(-1, descending=True, stable=True))
+    else:
+        values, codes = logits.topk(kept, -1)  # sorted
     probabilities = (values / max(sampling.temperature, 1e-6)).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)

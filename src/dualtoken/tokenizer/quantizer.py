@@ -9,6 +9,8 @@ Shapes: B batch, N positions, D depth, C code width, K codebook size, M = B * N 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -38,7 +40,8 @@ class QuantizerConfig:
             vector of the batch; 0 = never.
         chunk: rvq, mcq, simvq: rows whose distances to all K codes are held at once; on a CPU fewer of a large K.
         search: rvq, mcq, simvq, on a GPU: "blocks" of `chunk` rows, or "triton", one kernel that holds no distances
-            (`nearest_gpu.py`; tested in Triton's interpreter, not yet run on a GPU). CPUs always take blocks.
+            (`nearest_gpu.py`); "auto" takes the kernel where Triton is and the GPU has the units for it. CPUs always
+            take blocks.
         levels: residual_fsq: values of each of its numbers; default: found between 3 and 8, large ones first.
         entropy_weight: mcq, residual_lfq: of `entropy_loss`, which is added to the codebook loss; 0 = none.
         entropy_temperature: mcq, residual_lfq: of the softmax in it.
@@ -52,7 +55,7 @@ class QuantizerConfig:
     decay: float = 0.99
     restart_below: float = 0.05
     chunk: int = 256
-    search: Literal["blocks", "triton"] = "blocks"
+    search: Literal["auto", "blocks", "triton"] = "auto"
     levels: list[int] | None = None
     entropy_weight: float = 0.0
     entropy_temperature: float = 0.01
@@ -63,8 +66,8 @@ class QuantizerConfig:
                 raise UserError(f"quantizer.{name}={getattr(self, name)} must be at least 1")
         if self.codebook not in ("ema", "gradient"):
             raise UserError(f"quantizer.codebook={self.codebook!r} must be 'ema' or 'gradient'")
-        if self.search not in ("blocks", "triton"):
-            raise UserError(f"quantizer.search={self.search!r} must be 'blocks' or 'triton'")
+        if self.search not in ("auto", "blocks", "triton"):
+            raise UserError(f"quantizer.search={self.search!r} must be 'auto', 'blocks' or 'triton'")
         if not 0 < self.decay < 1:
             raise UserError(f"quantizer.decay={self.decay} must lie between 0 and 1")
         if self.entropy_weight < 0 or self.entropy_temperature <= 0:
@@ -93,7 +96,7 @@ def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks")
 
     Holds at most chunk x K distances, never M x K: blocks that stay in the cache are also the faster way.
     """
-    if search == "triton" and x.is_cuda:
+    if x.is_cuda and (search == "triton" or (search == "auto" and kernel_at_hand(x.device))):
         from dualtoken.tokenizer.nearest_gpu import nearest_codes_gpu  # Triton is not on every machine
 
         return nearest_codes_gpu(x, weight)
@@ -106,6 +109,13 @@ def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks")
     for rows, found in zip(x.split(chunk), codes.split(chunk), strict=True):
         _argmin(torch.addmm(half_norms, rows, table, alpha=-1, out=room[: len(rows)]), found)
     return codes
+
+
+@lru_cache
+def kernel_at_hand(device: torch.device) -> bool:
+    """Whether Triton is there, and a GPU of NVIDIA's with TF32 units (Ampere and later), which the kernel needs."""
+    ready = find_spec("triton") is not None and torch.version.cuda is not None
+    return ready and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def rows_at_once(chunk: int, codes: int, device: torch.device) -> int:

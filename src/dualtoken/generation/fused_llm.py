@@ -1,0 +1,241 @@
+"""One more place of a Qwen2-type LLM on a GPU for a few rows: five Triton kernels a layer.
+
+With a few pictures a pass is as long as reading the weights takes, if nothing waits in between; transformers' layer is
+some fifty kernels. Here the norms are part of the products that follow them, as are bias, activation and residual;
+weights stay where they are.
+
+Shapes: B rows, H width of the LLM, L places of the cache, E width of a head of the attention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from transformers import LlamaModel, Qwen2Model
+
+from dualtoken.generation.context import Model
+from dualtoken.generation.llm_cache import FixedContext
+
+ROWS = 16  # of a product; more are for libraries
+ALIGNED = 16  # queries, keys and values stand side by side in blocks
+BLOCK_L = 64  # places of the cache at once
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of weights in 16 bits, N x K, and how a GPU goes over it; in 32 bits K is half."""
+
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def launch(self, x: Tensor) -> dict[str, int]:
+        """What a kernel is called with beside its tensors."""
+        wide = self.k * 2 // x.element_size()
+        return {"BLOCK_N": self.n, "BLOCK_K": wide, "num_warps": self.warps, "num_stages": self.stages}
+
+
+TILES = {"three": Tile(16, 256, 4, 4), "pair": Tile(16, 256, 4, 4), "add": Tile(16, 256, 4, 4)}
+
+
+@triton.jit
+def _products(
+    x, gain, eps, weight, other, n, there, rows, width,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, PAIR: tl.constexpr,
+):  # fmt: skip
+    """Rows n [BLOCK_N] of weight [N, width], with PAIR also of another, times x [B, width] -> two of [16, BLOCK_N].
+
+    With NORM times the RMS norm of x: its gain on the way, its scale at the end.
+    """
+    row = tl.arange(0, 16)
+    total, second = tl.zeros((16, BLOCK_N), tl.float32), tl.zeros((16, BLOCK_N), tl.float32)
+    squares = tl.zeros((16, BLOCK_K), tl.float32)
+    for first in range(0, width, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        place, inside = n[:, None] * width + k[None, :], there[:, None] & (k < width)[None, :]
+        given = tl.load(
+            x + row[:, None] * width + k[None, :], mask=(row < rows)[:, None] & (k < width)[None, :], other=0.0
+        )
+        if NORM:
+            exact = given.to(tl.float32)
+            squares += exact * exact
+            given = (exact * tl.load(gain + k, mask=k < width, other=0.0).to(tl.float32)[None, :]).to(given.dtype)
+        w = tl.load(weight + place, mask=inside, other=0.0)
+        total = tl.dot(given, tl.trans(w), total, input_precision="ieee")
+        if PAIR:
+            w = tl.load(other + place, mask=inside, other=0.0)
+            second = tl.dot(given, tl.trans(w), second, input_precision="ieee")
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
+        total, second = total * scale, second * scale
+    return total, second
+
+
+@triton.jit
+def _queries_keys_values(
+    x, gain, eps, w_q, b_q, n_q, w_k, b_k, w_v, b_v, n_k, out, rows, width,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """norm(x) through three layers, side by side in out [B, n_q + 2 n_k]; sizes are multiples of BLOCK_N."""
+    first = tl.program_id(0) * BLOCK_N
+    weight, bias, before = w_q, b_q, 0
+    if first >= n_q:
+        weight, bias, before = w_k, b_k, n_q
+    if first >= n_q + n_k:
+        weight, bias, before = w_v, b_v, n_q + n_k
+    n = first - before + tl.arange(0, BLOCK_N)
+    there = n >= 0
+    made, _ = _products(x, gain, eps, weight, weight, n, there, rows, width, BLOCK_N, BLOCK_K, True, False)
+    if BIAS:
+        made += tl.load(bias + n).to(tl.float32)[None, :]
+    row = tl.arange(0, 16)
+    place = out + row[:, None] * (n_q + 2 * n_k) + (before + n)[None, :]
+    tl.store(place, made.to(out.dtype.element_ty), mask=(row < rows)[:, None] & there[None, :])
+
+
+@triton.jit
+def _gate_and_up(
+    x, gain, eps, w_gate, w_up, out, rows, width, hidden,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """silu(gate(norm(x))) * up(norm(x)) -> out [B, hidden]."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = n < hidden
+    gate, up = _products(x, gain, eps, w_gate, w_up, n, there, rows, width, BLOCK_N, BLOCK_K, True, True)
+    row = tl.arange(0, 16)
+    made = gate * tl.sigmoid(gate) * up
+    place = out + row[:, None] * hidden + n[None, :]
+    tl.store(place, made.to(out.dtype.element_ty), mask=(row < rows)[:, None] & there[None, :])
+
+
+@triton.jit
+def _add_product(x, weight, residual, out, rows, width, size, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """residual + a layer without bias of x -> out [B, size]."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = n < size
+    made, _ = _products(x, x, 0.0, weight, weight, n, there, rows, width, BLOCK_N, BLOCK_K, False, False)
+    row = tl.arange(0, 16)
+    mask = (row < rows)[:, None] & there[None, :]
+    place = row[:, None] * size + n[None, :]
+    made += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, made.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attend(
+    projected, cosines, sines, keys, values, real, done, out, scale, length,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """One head of one row: turn query and key, add key and value to the cache, attend to what is before and itself."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    low, whole = tl.arange(0, HALF), tl.arange(0, 2 * HALF)
+    kv, count = head // GROUP, tl.load(done)
+    cosine = tl.load(cosines + row * 2 * HALF + low).to(tl.float32)
+    sine = tl.load(sines + row * 2 * HALF + low).to(tl.float32)
+    mine = projected + row * (HEADS + 2 * (HEADS // GROUP)) * 2 * HALF
+    q_low = tl.load(mine + head * 2 * HALF + low).to(tl.float32)
+    q_high = tl.load(mine + head * 2 * HALF + HALF + low).to(tl.float32)
+    k_low = tl.load(mine + (HEADS + kv) * 2 * HALF + low).to(tl.float32)
+    k_high = tl.load(mine + (HEADS + kv) * 2 * HALF + HALF + low).to(tl.float32)
+    v = tl.load(mine + (HEADS + HEADS // GROUP + kv) * 2 * HALF + whole)
+    q_low, q_high = (q_low * cosine - q_high * sine) * scale, (q_high * cosine + q_low * sine) * scale
+    k_low, k_high = k_low * cosine - k_high * sine, k_high * cosine + k_low * sine
+    start = (row * (HEADS // GROUP) + kv).to(tl.int64) * length * 2 * HALF
+    if head % GROUP == 0:
+        place = start + count * 2 * HALF
+        tl.store(keys + place + low, k_low.to(keys.dtype.element_ty))
+        tl.store(keys + place + HALF + low, k_high.to(keys.dtype.element_ty))
+        tl.store(values + place + whole, v)
+    best = tl.sum(q_low * k_low + q_high * k_high, 0)
+    weights, total = 1.0, v.to(tl.float32)
+    for first in range(0, count, BLOCK_L):
+        at = first + tl.arange(0, BLOCK_L)
+        there = at < count
+        place = keys + start + at[:, None] * 2 * HALF + low[None, :]
+        near = tl.load(place, mask=there[:, None], other=0.0).to(tl.float32) * q_low[None, :]
+        far = tl.load(place + HALF, mask=there[:, None], other=0.0).to(tl.float32) * q_high[None, :]
+        seen = there & (tl.load(real + row * length + at, mask=there, other=0) != 0)
+        scores = tl.where(seen, tl.sum(near + far, 1), float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 0))
+        shrink, part = tl.exp(best - higher), tl.exp(scores - higher)
+        place = values + start + at[:, None] * 2 * HALF + whole[None, :]
+        content = tl.load(place, mask=there[:, None], other=0.0).to(tl.float32)
+        total = total * shrink + tl.sum(part[:, None] * content, 0)
+        weights = weights * shrink + tl.sum(part, 0)
+        best = higher
+    tl.store(out + (row * HEADS + head) * 2 * HALF + whole, (total / weights).to(out.dtype.element_ty))
+
+
+def fits(model: Model, rows: int) -> bool:
+    """Whether the LLM's layers are those that the kernels compute, and the rows so few that it pays."""
+    base = model.llm.base_model
+    if rows > ROWS or type(base) not in (LlamaModel, Qwen2Model) or base.config.hidden_act != "silu":
+        return False
+    head = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
+    kind = base.layers[0].self_attn.q_proj.weight.dtype
+    return head == triton.next_power_of_2(head) and all(_plain(layer, kind) for layer in base.layers)
+
+
+def _plain(layer: nn.Module, kind: torch.dtype) -> bool:
+    """A layer of plain weights, no adapters, no 4-bit numbers, with biases at most behind queries, keys, values."""
+    attention, mlp = layer.self_attn, layer.mlp
+    three = attention.q_proj, attention.k_proj, attention.v_proj
+    bare = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    return (
+        all(type(m) is nn.Linear and m.weight.dtype is kind and m.weight.is_contiguous() for m in (*three, *bare))
+        and len({m.bias is None for m in three}) == 1
+        and all(m.bias is None for m in bare)
+        and all(m.out_features % ALIGNED == 0 for m in three)
+    )
+
+
+class FusedContext(FixedContext):
+    """The prompt through transformers, all that follows through the kernels; for models that `fits`."""
+
+    def read(self, embeds: Tensor) -> Tensor:
+        """As `GrowingContext.read`."""
+        if self.places is not self.next_place:  # the prompt
+            return super().read(embeds)
+        base, x = self.model.llm.base_model, embeds[:, 0].contiguous()
+        turns = [t.contiguous() for t in base.rotary_emb(x, self.next_place)]
+        for layer, cache in zip(base.layers, self.cache.layers, strict=True):
+            x = self._layer(layer, cache, x, *turns)
+        self.done.add_(1)
+        self.next_place.add_(1)
+        return base.norm(x)
+
+    def _layer(self, layer: nn.Module, cache, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """x [B, H] -> [B, H]; the cache has one more place filled."""
+        attention, mlp = layer.self_attn, layer.mlp
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        rows, width = x.shape
+        heads, half = q.out_features // attention.head_dim, attention.head_dim // 2
+        norm, projected = layer.input_layernorm, x.new_empty(rows, q.out_features + 2 * k.out_features)
+        biases = [x if m.bias is None else m.bias for m in (q, k, v)]
+        _queries_keys_values[(projected.shape[1] // TILES["three"].n,)](
+            x, norm.weight, norm.variance_epsilon, q.weight, biases[0], q.out_features, k.weight, biases[1],
+            v.weight, biases[2], k.out_features, projected, rows, width, BIAS=q.bias is not None,
+            **TILES["three"].launch(x),
+        )  # fmt: skip
+        seen = x.new_empty(rows, q.out_features)
+        _attend[(rows, heads)](
+            projected, cosines, sines, cache.keys, cache.values, self.real, self.done, seen, attention.scaling,
+            cache.keys.shape[2], HEADS=heads, GROUP=q.out_features // k.out_features, HALF=half, BLOCK_L=BLOCK_L,
+        )  # fmt: skip
+        x = self._add(seen, attention.o_proj, x)
+        norm, inner = layer.post_attention_layernorm, x.new_empty(rows, mlp.gate_proj.out_features)
+        _gate_and_up[(triton.cdiv(inner.shape[1], TILES["pair"].n),)](
+            x, norm.weight, norm.variance_epsilon, mlp.gate_proj.weight, mlp.up_proj.weight, inner, rows, width,
+            inner.shape[1], **TILES["pair"].launch(x),
+        )  # fmt: skip
+        return self._add(inner, mlp.down_proj, x)
+
+    def _add(self, x: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
+        """A layer of x on top of the residual."""
+        out, tile = torch.empty_like(residual), TILES["add"]
+        grid = (triton.cdiv(out.shape[1], tile.n),)
+        _add_product[grid](x, layer.weight, residual, out, len(x), x.shape[1], out.shape[1], **tile.launch(x))
+        return out
