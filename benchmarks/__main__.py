@@ -15,8 +15,10 @@ import importlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -83,15 +85,15 @@ def print_case(name: str, number: int, options: Options) -> None:
     print(MARK + json.dumps(measured(name, number, options)))
 
 
-def run(name: str, options: Options) -> list[Result]:
-    """All cases of a benchmark."""
-    results = []
+def run(name: str, options: Options) -> Iterator[Result]:
+    """The cases of a benchmark, one after the other."""
     for number, case in enumerate(cases(name, options)):
         told = {"group": case.group, "name": case.name, "role": case.role, "rows": case.rows, "series": case.series}
-        results.append(told | (run_alone if options.device == "cpu" else run_here)(name, number, options))
-        last = results[-1]
-        print(f"  {case.group}, {case.name}: {last.get('error') or format(last['median'], '.4g') + ' s'}", flush=True)
-    return results
+        result = told | (run_alone if options.device == "cpu" else run_here)(name, number, options)
+        print(
+            f"  {case.group}, {case.name}: {result.get('error') or format(result['median'], '.4g') + ' s'}", flush=True
+        )
+        yield result
 
 
 def surroundings(options: Options) -> dict[str, Any]:
@@ -176,12 +178,19 @@ def main() -> None:
     chosen = ("size", "device", "repeats", "seconds", "largest", "reference")
     options = Options(**{key: getattr(given, key) for key in chosen})
     check(options, parser)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     page = given.output is None and not options.tiny
     output = given.output or (PAGE.parent / "benchmarks" if page else Path("runs/benchmarks-tiny"))
     usual = [name for name in NAMES if name != "startup" or options.device == "cpu"]  # starting needs no GPU
     for name in given.names or usual:
         print(f"{name}:", flush=True)
-        write(name, run(name, options), options, output, page)
+        results, complete = [], False
+        try:
+            for result in run(name, options):
+                results.append(result)
+            complete = True
+        finally:  # what was measured before an end that someone else made is kept too
+            write(name, results, options, output, page and complete)
 
 
 if __name__ == "__main__":

@@ -217,10 +217,15 @@ def reading(options: Options) -> Work:
     weights += [p for head in heads for _ in range(head.config.depth) for p in head.blocks.parameters()]
     weights += [p for head in heads for p in head.classifiers.parameters()]
 
+    def once() -> None:
+        for weight in weights:
+            weight.sum()
+
+    step = image.Recorded(once)
+
     @torch.no_grad()
     def run() -> None:
         for _ in range(model.config.positions):
-            for weight in weights:
-                weight.sum()
+            step()
 
     return Work(run, 1, "images")

@@ -116,7 +116,8 @@ def test_the_engine_is_kept_with_the_model_and_old_settings_have_none():
     config = DrawConfig(engine="static")
     assert DrawConfig.from_dict(asdict(config)) == config
     old = {"guidance": 3.0, "pixel": vars(FREE), "semantic": vars(FREE), "semantic_codes": True}
-    assert DrawConfig.from_dict(old).engine == "plain"
+    assert image.engine_of(shared()[0], DrawConfig()).engine == "plain"  # there is no GPU under it
+    assert DrawConfig.from_dict(old).engine == "auto"
 
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
@@ -129,3 +130,25 @@ def test_rows_of_codes_are_those_that_are_looked_up(kind):
     assert torch.equal(quantizer.rows_of(codes), quantizer.lookup(codes))
     with pytest.raises(UserError, match="this codebook has 64 rows"):
         quantizer.lookup(codes + 64)
+
+
+@torch.no_grad()
+def test_a_drawing_begins_anew_with_other_prompts_in_the_same_room():
+    model, processor = shared()
+    config = DrawConfig(3.0, FREE, FREE, engine="static")
+    asked = [inputs(processor, [chat, chats()[0]]) for chat in (chats()[2], chats()[0])]
+    asked = [split(model.config, one["input_ids"], one["attention_mask"], None) for one in asked]
+    rows = [image.join(model, contexts, model.config.positions) for contexts in asked]
+
+    def drawn(drawing):
+        drawing.begin()
+        for _ in range(model.config.positions - 1):
+            drawing.advance()
+        return {name: codes.clone() for name, codes in drawing.codes.items()}
+
+    drawing = image.Drawing(model, rows[0], 1, config, [1, 2])
+    first = drawn(drawing)
+    drawing.restart(rows[1], [3, 4])
+    second, fresh = drawn(drawing), drawn(image.Drawing(model, rows[1], 1, config, [3, 4]))
+    assert all(torch.equal(second[name], fresh[name]) for name in fresh)
+    assert not torch.equal(second["pixel"], first["pixel"])

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from dualtoken.generation import image
+from dualtoken.generation.sampling import DrawConfig
 from tests.generation.lively import chats, inputs, shared
 from tests.generation.test_engines import FREE, LIKELIEST, draw, same
 
@@ -55,6 +57,10 @@ def test_a_recording_is_kept_for_pictures_of_the_same_room_and_made_anew_for_oth
     assert same(changed, draw(model, given(1), "plain", 3.0, FREE))
     head.data = old
     assert vars(copy.deepcopy(model))["_recorded"].last is None
+
+
+def test_auto_takes_the_recorded_steps(model):
+    assert image.engine_of(model, DrawConfig()).engine == "graph"
 
 
 def test_playing_a_recording_waits_for_nothing(model):

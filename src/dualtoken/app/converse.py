@@ -100,7 +100,8 @@ def draw(
         pixel, semantic: sampling of each head.
         semantic_codes: false draws with pixel codes alone.
         scale: enlarge the files by a whole number, to look at small pictures.
-        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
+        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
+            the model's, which is auto.
     """
     _check(number, scale)
     assistant = Assistant.open(model, engine=engine)
@@ -135,7 +136,8 @@ def edit(
         model: a preset, or the directory of a multimodal model.
         pixel, semantic: sampling of each head.
         scale: enlarge the files by a whole number.
-        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
+        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
+            the model's, which is auto.
     """
     _check(number, scale)
     picture = read_image(image)
@@ -173,7 +175,8 @@ def story(
         pixel, semantic: sampling of each head.
         scale: enlarge the files by a whole number.
         max_new_tokens: longest stretch of words between pictures.
-        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
+        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
+            the model's, which is auto.
     """
     _check(1, scale)
     paths = [image] if isinstance(image, str) else image or []

@@ -42,7 +42,8 @@ def serve(
         max_request_mb: largest request, in millions of bytes.
         max_pixels: largest picture in a request, width x height.
         allow_urls: fetch pictures from public addresses that a request names.
-        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs; default: the model's.
+        engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
+            the model's, which is auto.
     """
     for option, value in (("timeout_s", timeout_s), ("max_request_mb", max_request_mb), ("max_pixels", max_pixels)):
         if value <= 0:

@@ -1,13 +1,11 @@
 """One more place of a Qwen2-type LLM on a GPU for a few rows: five Triton kernels a layer.
 
-With a few pictures a pass is as long as reading the weights takes, if nothing waits in between; transformers' layer is
-some fifty kernels. Here the norms are part of the products that follow them, as are bias, activation and residual;
-weights stay where they are.
+With one or two pictures a pass reads weights and does little else, so launches count: transformers' layer is some fifty
+kernels. Here the norms are part of the products that follow them, as are bias, activation and residual; weights stay
+where they are. Figures, and what was tried beside: docs/benchmarks.md, LOG.md.
 
 Shapes: B rows, H width of the LLM, L places of the cache, E width of a head of the attention.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,66 +16,41 @@ from transformers import LlamaModel, Qwen2Model
 from dualtoken.generation.context import Model
 from dualtoken.generation.llm_cache import FixedContext
 
-ROWS = 16  # of a product; more are for libraries
-ALIGNED = 16  # queries, keys and values stand side by side in blocks
-BLOCK_L = 64  # places of the cache at once
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A block of weights in 16 bits, N x K, and how a GPU goes over it; in 32 bits K is half."""
-
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-    def launch(self, x: Tensor) -> dict[str, int]:
-        """What a kernel is called with beside its tensors."""
-        wide = self.k * 2 // x.element_size()
-        return {"BLOCK_N": self.n, "BLOCK_K": wide, "num_warps": self.warps, "num_stages": self.stages}
-
-
-TILES = {"three": Tile(16, 256, 4, 4), "pair": Tile(16, 256, 4, 4), "add": Tile(16, 256, 4, 4)}
+ROWS = 4  # beyond, libraries' products are faster
+BLOCK_N, BLOCK_K, BLOCK_L = 4, 512, 64  # outputs and inputs of a product, places of the cache
 
 
 @triton.jit
 def _products(
-    x, gain, eps, weight, other, n, there, rows, width,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, PAIR: tl.constexpr,
+    x, gain, eps, weight, n, there, rows, width,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Rows n [BLOCK_N] of weight [N, width], with PAIR also of another, times x [B, width] -> two of [16, BLOCK_N].
+    """Rows n [BLOCK_N] of weight [N, width] times x [B, width] -> [ROWS, BLOCK_N].
 
     With NORM times the RMS norm of x: its gain on the way, its scale at the end.
     """
-    row = tl.arange(0, 16)
-    total, second = tl.zeros((16, BLOCK_N), tl.float32), tl.zeros((16, BLOCK_N), tl.float32)
-    squares = tl.zeros((16, BLOCK_K), tl.float32)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
+    squares = tl.zeros((ROWS, BLOCK_K), tl.float32)
     for first in range(0, width, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        place, inside = n[:, None] * width + k[None, :], there[:, None] & (k < width)[None, :]
-        given = tl.load(
-            x + row[:, None] * width + k[None, :], mask=(row < rows)[:, None] & (k < width)[None, :], other=0.0
-        )
+        w = tl.load(weight + n[:, None] * width + k[None, :], mask=there[:, None] & (k < width)[None, :], other=0.0)
+        inside = (row < rows)[:, None] & (k < width)[None, :]
+        given = tl.load(x + row[:, None] * width + k[None, :], mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            exact = given.to(tl.float32)
-            squares += exact * exact
-            given = (exact * tl.load(gain + k, mask=k < width, other=0.0).to(tl.float32)[None, :]).to(given.dtype)
-        w = tl.load(weight + place, mask=inside, other=0.0)
-        total = tl.dot(given, tl.trans(w), total, input_precision="ieee")
-        if PAIR:
-            w = tl.load(other + place, mask=inside, other=0.0)
-            second = tl.dot(given, tl.trans(w), second, input_precision="ieee")
+            squares += given * given
+            given *= tl.load(gain + k, mask=k < width, other=0.0).to(tl.float32)[None, :]
+        total += given[:, None, :] * w.to(tl.float32)[None, :, :]
+    result = tl.sum(total, 2)
     if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
-        total, second = total * scale, second * scale
-    return total, second
+        result *= tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
+    return result
 
 
 @triton.jit
 def _queries_keys_values(
     x, gain, eps, w_q, b_q, n_q, w_k, b_k, w_v, b_v, n_k, out, rows, width,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """norm(x) through three layers, side by side in out [B, n_q + 2 n_k]; sizes are multiples of BLOCK_N."""
     first = tl.program_id(0) * BLOCK_N
@@ -88,10 +61,10 @@ def _queries_keys_values(
         weight, bias, before = w_v, b_v, n_q + n_k
     n = first - before + tl.arange(0, BLOCK_N)
     there = n >= 0
-    made, _ = _products(x, gain, eps, weight, weight, n, there, rows, width, BLOCK_N, BLOCK_K, True, False)
+    made = _products(x, gain, eps, weight, n, there, rows, width, ROWS, BLOCK_N, BLOCK_K, True)
     if BIAS:
         made += tl.load(bias + n).to(tl.float32)[None, :]
-    row = tl.arange(0, 16)
+    row = tl.arange(0, ROWS)
     place = out + row[:, None] * (n_q + 2 * n_k) + (before + n)[None, :]
     tl.store(place, made.to(out.dtype.element_ty), mask=(row < rows)[:, None] & there[None, :])
 
@@ -99,25 +72,29 @@ def _queries_keys_values(
 @triton.jit
 def _gate_and_up(
     x, gain, eps, w_gate, w_up, out, rows, width, hidden,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """silu(gate(norm(x))) * up(norm(x)) -> out [B, hidden]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < hidden
-    gate, up = _products(x, gain, eps, w_gate, w_up, n, there, rows, width, BLOCK_N, BLOCK_K, True, True)
-    row = tl.arange(0, 16)
+    gate = _products(x, gain, eps, w_gate, n, there, rows, width, ROWS, BLOCK_N, BLOCK_K, True)
+    up = _products(x, gain, eps, w_up, n, there, rows, width, ROWS, BLOCK_N, BLOCK_K, True)
+    row = tl.arange(0, ROWS)
     made = gate * tl.sigmoid(gate) * up
     place = out + row[:, None] * hidden + n[None, :]
     tl.store(place, made.to(out.dtype.element_ty), mask=(row < rows)[:, None] & there[None, :])
 
 
 @triton.jit
-def _add_product(x, weight, residual, out, rows, width, size, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _add_product(
+    x, weight, residual, out, rows, width, size,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """residual + a layer without bias of x -> out [B, size]."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = n < size
-    made, _ = _products(x, x, 0.0, weight, weight, n, there, rows, width, BLOCK_N, BLOCK_K, False, False)
-    row = tl.arange(0, 16)
+    made = _products(x, x, 0.0, weight, n, there, rows, width, ROWS, BLOCK_N, BLOCK_K, False)
+    row = tl.arange(0, ROWS)
     mask = (row < rows)[:, None] & there[None, :]
     place = row[:, None] * size + n[None, :]
     made += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
@@ -171,8 +148,13 @@ def _attend(
 
 def fits(model: Model, rows: int) -> bool:
     """Whether the LLM's layers are those that the kernels compute, and the rows so few that it pays."""
+    return rows <= ROWS and plain_layers(model)
+
+
+def plain_layers(model: Model) -> bool:
+    """Whether the LLM is Qwen2 or Llama with weights as they come: no adapters, no 4-bit numbers."""
     base = model.llm.base_model
-    if rows > ROWS or type(base) not in (LlamaModel, Qwen2Model) or base.config.hidden_act != "silu":
+    if type(base) not in (LlamaModel, Qwen2Model) or base.config.hidden_act != "silu":
         return False
     head = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
     kind = base.layers[0].self_attn.q_proj.weight.dtype
@@ -180,7 +162,7 @@ def fits(model: Model, rows: int) -> bool:
 
 
 def _plain(layer: nn.Module, kind: torch.dtype) -> bool:
-    """A layer of plain weights, no adapters, no 4-bit numbers, with biases at most behind queries, keys, values."""
+    """A layer of such weights, with biases at most behind queries, keys, values."""
     attention, mlp = layer.self_attn, layer.mlp
     three = attention.q_proj, attention.k_proj, attention.v_proj
     bare = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
@@ -188,7 +170,7 @@ def _plain(layer: nn.Module, kind: torch.dtype) -> bool:
         all(type(m) is nn.Linear and m.weight.dtype is kind and m.weight.is_contiguous() for m in (*three, *bare))
         and len({m.bias is None for m in three}) == 1
         and all(m.bias is None for m in bare)
-        and all(m.out_features % ALIGNED == 0 for m in three)
+        and all(m.out_features % BLOCK_N == 0 for m in three)
     )
 
 
@@ -214,28 +196,30 @@ class FusedContext(FixedContext):
         rows, width = x.shape
         heads, half = q.out_features // attention.head_dim, attention.head_dim // 2
         norm, projected = layer.input_layernorm, x.new_empty(rows, q.out_features + 2 * k.out_features)
+        tile = {"ROWS": triton.next_power_of_2(rows), "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
         biases = [x if m.bias is None else m.bias for m in (q, k, v)]
-        _queries_keys_values[(projected.shape[1] // TILES["three"].n,)](
+        _queries_keys_values[(projected.shape[1] // BLOCK_N,)](
             x, norm.weight, norm.variance_epsilon, q.weight, biases[0], q.out_features, k.weight, biases[1],
-            v.weight, biases[2], k.out_features, projected, rows, width, BIAS=q.bias is not None,
-            **TILES["three"].launch(x),
+            v.weight, biases[2], k.out_features, projected, rows, width, BIAS=q.bias is not None, **tile,
         )  # fmt: skip
         seen = x.new_empty(rows, q.out_features)
         _attend[(rows, heads)](
             projected, cosines, sines, cache.keys, cache.values, self.real, self.done, seen, attention.scaling,
             cache.keys.shape[2], HEADS=heads, GROUP=q.out_features // k.out_features, HALF=half, BLOCK_L=BLOCK_L,
         )  # fmt: skip
-        x = self._add(seen, attention.o_proj, x)
+        x = _add(seen, attention.o_proj, x, tile)
         norm, inner = layer.post_attention_layernorm, x.new_empty(rows, mlp.gate_proj.out_features)
-        _gate_and_up[(triton.cdiv(inner.shape[1], TILES["pair"].n),)](
+        _gate_and_up[(triton.cdiv(inner.shape[1], BLOCK_N),)](
             x, norm.weight, norm.variance_epsilon, mlp.gate_proj.weight, mlp.up_proj.weight, inner, rows, width,
-            inner.shape[1], **TILES["pair"].launch(x),
+            inner.shape[1], **tile,
         )  # fmt: skip
-        return self._add(inner, mlp.down_proj, x)
+        return _add(inner, mlp.down_proj, x, tile)
 
-    def _add(self, x: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
-        """A layer of x on top of the residual."""
-        out, tile = torch.empty_like(residual), TILES["add"]
-        grid = (triton.cdiv(out.shape[1], tile.n),)
-        _add_product[grid](x, layer.weight, residual, out, len(x), x.shape[1], out.shape[1], **tile.launch(x))
-        return out
+
+def _add(x: Tensor, layer: nn.Linear, residual: Tensor, tile: dict[str, int]) -> Tensor:
+    """A layer of x on top of the residual."""
+    out = torch.empty_like(residual)
+    _add_product[(triton.cdiv(out.shape[1], BLOCK_N),)](
+        x, layer.weight, residual, out, len(x), x.shape[1], out.shape[1], **tile
+    )
+    return out

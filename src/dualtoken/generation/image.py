@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Drawing:
         self.beside = None if alone else torch.cuda.Stream(device)
         self.steps = {n: FeatureSteps(b, FixedCache(b.post, len(seeds), self.positions, self.at), sums)
                       for n, b in branches.items()}  # fmt: skip
-        self.embed, self.read, self.choose = self._embed, self.context.read, self._choose_by  # may be compiled
+        self.read, self.choose = self._read, self._choose_by  # the two pieces of a step that can be compiled
 
     def restart(self, rows: Rows, seeds: list[int]) -> None:
         """Other images, as many, of prompts that fit into the same room."""
@@ -95,17 +96,17 @@ class Drawing:
 
     def advance(self) -> None:
         """Read the position drawn last and draw the next."""
-        hidden = self.read(self.embed())
+        hidden = self.read()
         self.at.add_(1)
         self._choose(hidden)
 
-    def _embed(self) -> Tensor:
-        """The position drawn last through both branches and the projector -> embeds [B or 2B, 1, H]."""
+    def _read(self) -> Tensor:
+        """The position drawn last through both branches, the projector and the LLM -> its state, [B or 2B, H]."""
         features = {name: step(self.codes[name].index_select(1, self.at)) for name, step in self.steps.items()}
         pixel = features["pixel"].to(self.rows.embeds.dtype)
         semantic = features["semantic"].to(pixel.dtype) if "semantic" in features else self._unknown(pixel)
         embeds = self.model.projector(pixel, semantic, first=self.at)
-        return embeds.repeat(self.copies, 1, 1)
+        return self.context.read(embeds.repeat(self.copies, 1, 1))
 
     def _unknown(self, pixel: Tensor) -> Tensor:
         """What stands in place of semantic features that are not drawn."""
@@ -139,13 +140,27 @@ def draws_semantic(model: Model, config: DrawConfig) -> bool:
     return config.semantic_codes and model.config.output == "both"
 
 
+def engine_of(model: Model, config: DrawConfig) -> DrawConfig:
+    """The settings with "auto" resolved: "graph" on a GPU for LLMs that it was run with, else "plain"."""
+    if config.engine != "auto":
+        return config
+    ready = model.device.type == "cuda" and find_spec("triton") and fused_llm().plain_layers(model)
+    ready = ready and model.llm.config._attn_implementation in ("sdpa", "eager")
+    return replace(config, engine="graph" if ready else "plain")
+
+
+def fused_llm() -> ModuleType:
+    """The kernels' module; Triton is not on every machine."""
+    from dualtoken.generation import fused_llm
+
+    return fused_llm
+
+
 def kind_of_context(model: Model, config: DrawConfig, rows: Rows) -> type[GrowingContext]:
     """How the LLM goes on: growing, with fixed room, or through kernels of few launches where they pay."""
-    if config.engine in RECORDED and rows.embeds.is_cuda and find_spec("triton"):
-        from dualtoken.generation import fused_llm  # Triton is not on every machine
-
-        if fused_llm.fits(model, len(rows.mask)):
-            return fused_llm.FusedContext
+    recorded = config.engine == "graph" and rows.embeds.is_cuda
+    if recorded and find_spec("triton") and fused_llm().fits(model, len(rows.mask)):
+        return fused_llm().FusedContext
     return GrowingContext if config.engine == "plain" else FixedContext
 
 
@@ -156,9 +171,7 @@ def steps_of(drawing: Drawing) -> Callable[[], None]:
     position in place of hundreds; off the GPU there is nothing to record.
     """
     if drawing.config.engine == "compiled":
-        drawing.embed, drawing.choose = (torch.compile(f, dynamic=False) for f in (drawing.embed, drawing.choose))
-        if type(drawing.context) is FixedContext:  # the other is kernels already
-            drawing.read = torch.compile(drawing.read, dynamic=False)
+        drawing.read, drawing.choose = (torch.compile(f, dynamic=False) for f in (drawing.read, drawing.choose))
     if drawing.config.engine in RECORDED and drawing.at.is_cuda:
         return Recorded(drawing.advance)
     return drawing.advance
@@ -254,7 +267,7 @@ def draw(
     Returns: codes of B images, [B, N, D] each. Raises UserError where the image does not fit the context, and where
         guidance is asked for without `unconditional`.
     """
-    guided = config.guidance != 1.0
+    config, guided = engine_of(model, config), config.guidance != 1.0
     if guided and unconditional is None:
         raise UserError(
             "guidance needs the prompt without its text: make inputs with processor.apply_chat_template, or use "

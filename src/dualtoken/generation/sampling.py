@@ -11,9 +11,7 @@ from torch import Tensor
 
 from dualtoken.core.errors import UserError
 
-FEW = 4  # rows that a GPU sorts whole sooner than it finds the first k of them: topk gives each row to one block
-
-DrawEngine = Literal["plain", "static", "graph", "compiled"]
+DrawEngine = Literal["auto", "plain", "static", "graph", "compiled"]
 
 
 @dataclass
@@ -43,18 +41,19 @@ class DrawConfig:
         semantic_codes: False draws with pixel codes alone; the model then sees no meaning in what it draws.
         engine: how a position is computed; the codes are the same but for rounding. "plain": any LLM. "static": all
             state at fixed addresses. "graph": on a GPU, "static" recorded as a CUDA graph and played for every
-            position. "compiled": the step through torch.compile (minutes at first), then as "graph".
+            position. "compiled": the step through torch.compile (minutes at first), then as "graph". "auto": "graph"
+            on a GPU where the LLM is Qwen2 or Llama with weights as they come, else "plain".
     """
 
     guidance: float = 3.0
     pixel: HeadSampling = field(default_factory=HeadSampling)
     semantic: HeadSampling = field(default_factory=HeadSampling)
     semantic_codes: bool = True
-    engine: DrawEngine = "plain"
+    engine: DrawEngine = "auto"
 
     def __post_init__(self) -> None:
         if self.engine not in get_args(DrawEngine):
-            raise UserError(f"draw engine {self.engine!r} must be 'plain', 'static', 'graph' or 'compiled'")
+            raise UserError(f"draw engine {self.engine!r} must be one of {', '.join(get_args(DrawEngine))}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DrawConfig":
@@ -91,10 +90,7 @@ def keep_likely(logits: Tensor, sampling: HeadSampling) -> tuple[Tensor, Tensor]
     Top-p keeps the code that crosses the threshold.
     """
     kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    if logits.is_cuda and len(logits) <= FEW:
-        values, codes = (part[:, :kept] for part in logits.sort(-1, descending=True, stable=True))
-    else:
-        values, codes = logits.topk(kept, -1)  # sorted
+    values, codes = logits.topk(kept, -1)  # sorted
     probabilities = (values / max(sampling.temperature, 1e-6)).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
