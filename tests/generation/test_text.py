@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -137,9 +139,19 @@ def test_without_a_limit_a_long_neighbor_cuts_no_reply_short():
 
 def test_options_that_change_what_is_returned_are_refused():
     model, processor = shared()
-    for option in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}):
+    several = copy.deepcopy(model.llm.generation_config)
+    several.num_return_sequences = 2
+    for option in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}, {"eos_token_id": 3},
+                   {"pad_token_id": 3}, {"suppress_tokens": [3]}, {"generation_config": several}):  # fmt: skip
         with pytest.raises(UserError, match=next(iter(option))):
             model.generate(**inputs(processor, [user("a star")]), **option)
+
+
+def test_options_of_writing_are_refused_where_a_picture_is_drawn():
+    model, processor = shared()
+    given = inputs(processor, [user("a star")])
+    with pytest.raises(UserError, match="guidanse, temperature: not an option of drawing"):
+        model.generate(**given, generation_mode="image", temperature=0.5, guidanse=2.0)
 
 
 def test_too_long_a_prompt_is_one_error_with_both_numbers():

@@ -17,6 +17,7 @@ from dualtoken.generation.sampling import DrawConfig
 from dualtoken.mllm.config import DualTokenConfig
 from dualtoken.mllm.model import Counts, DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, from_parts, small_llm
+from dualtoken.mllm.projector import ProjectorConfig
 from dualtoken.tokenizer.backbone import BackboneConfig
 from dualtoken.tokenizer.branch import BranchConfig
 from dualtoken.tokenizer.quantizer import QuantizerConfig
@@ -358,10 +359,10 @@ def narrow(**changes):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"branch": narrow(codebook_size=32)}, "pixel codebook 32 x depth 2 there, 16 x 2 in the model"),
-        ({"branch": narrow(depth=3)}, "pixel codebook 16 x depth 3 there, 16 x 2 in the model"),
+        ({"branch": narrow(codebook_size=32)}, "pixel codebook 32 x depth 2 there, 16 x depth 2 in the model"),
+        ({"branch": narrow(depth=3)}, "pixel codebook 16 x depth 3 there, 16 x depth 2 in the model"),
         ({"backbone": BackboneConfig(tiny.BACKBONE.name, tiny.OVERRIDES | {"img_size": 24}, pixel_layer=1)},
-         "9 positions there, 4 in the model"),
+         "positions 9 there, 4 in the model"),
         ({"backbone": BackboneConfig(tiny.BACKBONE.name, tiny.OVERRIDES | {"embed_dim": 64}, pixel_layer=1)},
          "width 64 there, 32 in the model"),
     ],
@@ -372,6 +373,12 @@ def test_a_tokenizer_that_does_not_match_is_one_line(other, words):
     with pytest.raises(UserError, match=f"the tokenizer does not match the model: .*{words}"):
         model.attach(tiny.tokenizer(**other))
     assert model.vision_tokenizer is own
+
+
+def test_sums_of_another_width_do_not_match():
+    model, _ = tiny.mllm(projector=ProjectorConfig(sums=True))
+    with pytest.raises(UserError, match="pixel codes of width 16 there, 8 in the model"):
+        model.attach(tiny.tokenizer(branch=narrow(code_dim=16)))
 
 
 def test_training_leaves_the_vision_tokenizer_as_it_is():

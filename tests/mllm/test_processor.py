@@ -261,3 +261,18 @@ def test_outputs_become_texts_and_pictures(processor):
     pictures = processor.post_process_multimodal_output(tiny.images(2), generation_mode="image")
     assert [p.size for p in pictures] == [(16, 16)] * 2
     assert np.array_equal(np.array(pictures[1]), to_bytes(tiny.images(2))[1].permute(1, 2, 0).numpy())
+
+
+def test_ids_alone_where_no_dict_is_wanted():
+    _, processor = tiny.mllm()
+    chat = [{"role": "user", "content": "draw a star"}]
+    whole = processor.apply_chat_template(chat, add_generation_prompt=True)
+    ids = processor.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert torch.equal(ids, whole["input_ids"])
+
+
+def test_what_a_template_refuses_is_one_error():
+    _, processor = tiny.mllm()
+    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="does not take this chat: roles must alternate"):
+        processor.apply_chat_template([{"role": "user", "content": "draw a star"}])

@@ -11,7 +11,7 @@ from dualtoken.cli import main
 from dualtoken.core.errors import UserError
 from dualtoken.paper import reproduce as module
 from dualtoken.paper import side_by_side
-from dualtoken.paper.experiment import Experiment, Result, Row, Setting, finished
+from dualtoken.paper.experiment import Experiment, Result, Row, Setting, command_of, finished
 
 
 def files(folder):
@@ -134,3 +134,59 @@ def test_a_table_that_fails_beside_another_says_so_in_one_line(tmp_path, monkeyp
     assert said.strip().splitlines()[-1].endswith("no luck") and "Traceback" not in said
     assert not (tmp_path / "table1.json").exists() and not (tmp_path / "index.md").exists()
     assert "Traceback" in (tmp_path / "table1.log").read_text()
+
+
+def test_options_that_no_table_takes_are_refused_by_all_too(tmp_path, capsys):
+    report = tmp_path / "report.json"
+    report.write_text("{}")
+    for arguments, words in (
+        (["--scale", "full", "--scores", f"DuolToken-3B={report}"], "no table has a model of that name"),
+        (["--flickr8k", "photos"], "--flickr8k photos: no table takes it in miniature"),
+    ):
+        assert main(["reproduce", "all", "--out", str(tmp_path / "out"), *arguments]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_command_of_a_result_makes_that_result_and_changed_files_are_no_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "EXPERIMENTS", {"table1": of_test(made_in)})
+    monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abc")
+    arguments = ["reproduce", "table1", "--seed", "3", "--pictures", "7", "--budget", "2.5"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "table1.json").read_text())
+    assert command_of(found) == " ".join(["dualtoken", *arguments])
+    setting = Setting(out=tmp_path, seed=3, pictures=7, budget=2.5)
+    assert finished(tmp_path / "table1.json", setting)
+    monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abc+")
+    (tmp_path / "table1.json").write_text(json.dumps(found | {"commit": "abc+"}))
+    assert not finished(tmp_path / "table1.json", setting)
+
+
+def test_what_is_counted_at_full_size_stands_apart_from_the_miniature(tmp_path, monkeypatch):
+    def make(setting):
+        return Result([Row("mini", {"MiB": 2.0}), Row("3B", {"MiB": 75000.0}, {"MiB": 73800.0}, "full")])
+
+    monkeypatch.setattr(module, "EXPERIMENTS", {"table11": of_test(make)})
+    assert main(["reproduce", "all", "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "table11.md").read_text().splitlines()
+    assert "|  | MiB (miniature) | MiB (full scale) | MiB (paper) |" in lines
+    assert "| mini | 2.0 | - | - |" in lines or "| mini | 2 | - | - |" in lines
+    assert "MiB (full scale)" in (tmp_path / "index.html").read_text()
+
+
+def marked(folder, setting):
+    """What a helper does in a test: it leaves its process's number, and a way to fail."""
+    (folder / f"{os.getpid()}.txt").write_text(f"{torch.get_num_threads()}")
+    if (folder / "fail").exists():
+        raise UserError("no luck")
+
+
+def test_a_helper_works_beside_and_its_failure_is_left_to_the_one_that_it_helps(tmp_path):
+    threads = torch.get_num_threads()
+    for fails in (False, True):
+        if fails:
+            (tmp_path / "fail").touch()
+        with side_by_side.helpers(marked, tmp_path, Setting(out=tmp_path / "out", processes=2)):
+            assert torch.get_num_threads() == max(1, side_by_side._cores() // 2)
+        assert torch.get_num_threads() == threads
+    assert len(list(tmp_path.glob("*.txt"))) == 2 and not (tmp_path / f"{os.getpid()}.txt").exists()
+    assert "no luck" in (tmp_path / "out" / "helper-1.log").read_text()

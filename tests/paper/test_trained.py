@@ -27,13 +27,12 @@ def few(monkeypatch):
 
 def test_the_key_follows_what_is_learnt_and_nothing_else(tmp_path):
     setting = Setting(out=tmp_path)
-    one = Variant("x", 2, 5).part(setting)
-    assert one.key == Variant("y", 2, 5).part(setting).key  # a name is no recipe
-    others = [Variant("x", 1, 5), Variant("x", 2, 5, seed=1), Variant("x", 2, 5, means=0.3),
-              Variant("x", 2, 5, quantizer="mcq"), Variant("x", 2, 5, own_encoder=True)]  # fmt: skip
+    one = Variant(2, 5).part(setting)
+    others = [Variant(1, 5), Variant(2, 5, seed=1), Variant(2, 5, means=0.3),
+              Variant(2, 5, quantizer="mcq"), Variant(2, 5, own_encoder=True)]  # fmt: skip
     assert len({one.key, *(v.part(setting).key for v in others)}) == 6
-    assert Variant("x", 2, 5).part(Setting(out=tmp_path, budget=15)).key != one.key
-    assert Part("x", one.command, one.recipe, one.changes | {"loop": {"save_every": 1}}).key == one.key
+    assert Variant(2, 5).part(Setting(out=tmp_path, budget=15)).key != one.key
+    assert Part(one.command, one.recipe, one.changes | {"loop": {"save_every": 1}}).key == one.key
     assert identity("encoder", "mini") != "mini" and identity("encoder", "some/where") == "some/where"
     assert merge({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3}, "d": [2]}) == {"a": {"b": 3, "c": 2}, "d": [2]}
 
@@ -41,7 +40,7 @@ def test_the_key_follows_what_is_learnt_and_nothing_else(tmp_path):
 def test_variants_say_what_learns_and_what_counts(tmp_path):
     setting, at = Setting(out=tmp_path), Taps(2, 5, 6)
     made = {name: case.variant(at, 0.3, 0).part(setting).changes for name, case in CASES.items()}
-    measured_on = Variant("x", 2, 5).part(Setting(out=tmp_path, data="photos"))
+    measured_on = Variant(2, 5).part(Setting(out=tmp_path, data="photos"))
     assert measured_on.changes["data"]["source"] == made["a"]["data"]["source"] == "scenes"
     assert made["b"]["losses"]["features"] == made["b"]["losses"]["pooled"] == 0 and "mse" not in made["b"]["losses"]
     assert made["meaning"]["losses"]["mse"] == 0 and "decoder" not in made["meaning"]["phases"][1]["trains"]
@@ -128,8 +127,8 @@ def test_a_layer_is_better_when_it_is_so_beyond_the_seeds(deepest, word):
 
 def test_a_stopped_part_goes_on(tmp_path, monkeypatch):
     setting = Setting(out=tmp_path, budget=0.3)
-    part = Variant("x", 2, 5).part(setting)
-    part = Part(part.name, part.command, part.recipe, part.changes | {"loop": LOOP})
+    part = Variant(2, 5).part(setting)
+    part = Part(part.command, part.recipe, part.changes | {"loop": LOOP})
     done, train = [], trained.COMMANDS["train-tokenizer"]
 
     def stops(**told):

@@ -323,7 +323,10 @@ def test_a_tokenizer_of_other_sizes_or_other_codes_does_not_go_with_a_model(tmp_
     tiny.tokenizer(branch=branch).save_pretrained(tmp_path / "wide")
     tiny.tokenizer(seed=1).save_pretrained(tmp_path / "other")
     for name, words in (
-        ("wide", "the tokenizer does not match the model: pixel codebook 32 x depth 2 there, 16 x 2"),
+        (
+            "wide",
+            "does not match the model: pixel codebook 32 x depth 2 there, 16 x depth 2 in the model",
+        ),
         ("other", "its pixel codebook is not the one that the model"),
     ):
         command = write(tmp_path, start, "--stage", "1", vision_tokenizer=str(tmp_path / name))

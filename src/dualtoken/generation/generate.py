@@ -15,6 +15,7 @@ from dualtoken.generation.sampling import DrawConfig
 from dualtoken.generation.text import stop_ids, write
 
 MODES = ("text", "image", "interleaved")
+PASSED = {"generation_config", "max_length", "max_new_tokens"}  # what pipelines give whatever is asked for
 
 
 def generate(
@@ -40,11 +41,17 @@ def generate(
         seed: one number, or one for each prompt; the j-th image of a prompt uses seed + j.
         num_images_per_prompt: for mode "image"; max_images: of one reply, for "interleaved".
         callback: called with (positions done, N) while drawing; watch: with the codes so far, [B, n, D].
-        text_options: of transformers' generate.
-    Raises UserError for an unknown mode, too long a prompt, and pictures that do not fit the placeholders.
+        text_options: of transformers' generate, for writing.
+    Raises UserError for an unknown mode, too long a prompt, pictures that do not fit the placeholders, and options of
+        writing where only a picture is drawn.
     """
     if mode not in MODES:
         raise UserError(f"generation_mode {mode!r} is unknown: choose one of {', '.join(MODES)}")
+    if mode == "image" and (useless := sorted(text_options.keys() - PASSED)):
+        raise UserError(
+            f"{', '.join(useless)}: not an option of drawing; guidance, temperature, top_k and top_p of each head are "
+            "those of draw=DrawConfig(...)"
+        )
     if num_images_per_prompt < 1:
         raise UserError(f"num_images_per_prompt {num_images_per_prompt} must be at least 1")
     contexts = split(model.config, input_ids, attention_mask, codes)

@@ -7,7 +7,13 @@ from dualtoken.core.errors import UserError
 from dualtoken.generation.context import Context, Model, join
 
 MAX_NEW_TOKENS = 256
-REFUSED = {"num_return_sequences", "return_dict_in_generate"}
+REFUSED = {  # options that change what is returned, or that the model decides
+    "num_return_sequences": "repeat the prompt for several replies",
+    "return_dict_in_generate": "ids alone are returned",
+    "eos_token_id": "a reply ends with the LLM's own end-of-text token",
+    "pad_token_id": "replies are filled up with the LLM's own end-of-text token",
+    "suppress_tokens": "ids of pictures are never written, all others may be",
+}
 
 
 @torch.no_grad()
@@ -24,10 +30,15 @@ def write(
     Returns: the new ids of each row, with the token that ended it. Raises UserError where the LLM cannot hold it.
     """
     config = model.config
-    refused = sorted(REFUSED & options.keys())
-    if refused:
-        raise UserError(f"{', '.join(refused)}: not among the options here; repeat the prompt for several replies")
     wish = options.get("generation_config")
+    for name, why in REFUSED.items():
+        if name in options:
+            raise UserError(f"{name}: not among the options here; {why}")
+    if wish is not None and ((wish.num_return_sequences or 1) > 1 or wish.return_dict_in_generate):
+        raise UserError(
+            "generation_config: num_return_sequences and return_dict_in_generate are not among the options here; "
+            "repeat the prompt for several replies"
+        )
     if options.get("max_new_tokens") is None:
         most = (wish or model.llm.generation_config).max_new_tokens or MAX_NEW_TOKENS
         found: dict[int, Tensor] = {}

@@ -104,24 +104,18 @@ class DualTokenForConditionalGeneration(StrictModel, GenerationMixin):
 
     def attach(self, tokenizer: DualTokenVisionTokenizer) -> None:
         """Use a vision tokenizer; it stays as it is. Raises UserError where its codes do not fit the heads."""
+        pairs = [("positions", tokenizer.positions, self.config.positions)]
+        pairs.append(("features of width", tokenizer.backbone.width, self.feature_width))
         for name in ("pixel", "semantic"):
             ours, theirs = getattr(self.config, f"{name}_head"), getattr(tokenizer, name).quantizer.config
-            pair = (ours["codebook_size"], ours["depth"]), (theirs.codebook_size, theirs.depth)
-            if pair[0] != pair[1]:
-                raise UserError(
-                    f"the tokenizer does not match the model: {name} codebook {pair[1][0]} x depth {pair[1][1]} "
-                    f"there, {pair[0][0]} x {pair[0][1]} in the model's head"
-                )
-        if tokenizer.positions != self.config.positions:
-            raise UserError(
-                f"the tokenizer does not match the model: {tokenizer.positions} positions there, "
-                f"{self.config.positions} in the model"
-            )
-        if tokenizer.backbone.width != self.feature_width:
-            raise UserError(
-                f"the tokenizer does not match the model: features of width {tokenizer.backbone.width} there, "
-                f"{self.feature_width} in the model"
-            )
+            sizes = (theirs.codebook_size, theirs.depth), (ours["codebook_size"], ours["depth"])
+            pairs.append((f"{name} codebook", *(f"{size} x depth {depth}" for size, depth in sizes)))
+            if self.config.projector.get("sums"):
+                known = branch_config(getattr(self.config.vision_config, name)).quantizer
+                pairs.append((f"{name} codes of width", theirs.code_dim, known.code_dim))
+        for what, there, here in pairs:
+            if there != here:
+                raise UserError(f"the tokenizer does not match the model: {what} {there} there, {here} in the model")
         self.vision_tokenizer = tokenizer.requires_grad_(False).eval()
         self.config.vision_config = tokenizer.config  # another decoder fits too
 

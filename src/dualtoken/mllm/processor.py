@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -83,11 +84,12 @@ class DualTokenProcessor(ProcessorMixin):
         tokenize: bool = True,
         return_dict: bool = True,
         **kwargs,
-    ) -> BatchFeature | str | list[str]:
+    ) -> BatchFeature | Tensor | str | list[str]:
         """Chats to a batch padded on the left; with a generation prompt also without text, for guidance.
 
         Args: conversation: messages with "role" and "content", a text or a list of {"type": "text", "text": ...} and
-            {"type": "image", "image": picture, path, bytes or array}; one chat or a list of them.
+            {"type": "image", "image": picture, path, bytes or array}; one chat or a list of them; tokenize: False gives
+            the prompts as text; return_dict: False gives the ids alone, [B, T].
         Raises UserError for content of another kind, and for a chat that leaves the model nothing to reply to.
         """
         if not conversation:
@@ -108,7 +110,7 @@ class DualTokenProcessor(ProcessorMixin):
         if add_generation_prompt:
             plain = [self.encode(chat, hide_text=True, generate=True, pictures=False).ids.tolist() for chat in chats]
             out["unconditional_ids"], out["unconditional_mask"] = self._pad(plain)
-        return BatchFeature(out)
+        return BatchFeature(out) if return_dict else ids
 
     def encode(
         self, sample: ChatSample, hide_text: bool = False, generate: bool = False, pictures: bool = True
@@ -214,9 +216,12 @@ class DualTokenProcessor(ProcessorMixin):
             marks = "".join(f"\ue000{number + i}\ue001" for i in range(len(message.content)))
             number += len(message.content)
             messages.append({"role": message.role, "content": marks})
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=generate
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=generate
+            )
+        except TemplateError as error:  # its own, or what a template raises, as for turns that do not alternate
+            raise UserError(f"the chat template does not take this chat: {error}") from None
 
     def _written(self, sample: ChatSample, generate: bool) -> str:
         """The prompt as text, one placeholder for a picture."""

@@ -26,7 +26,7 @@ SEEDS = 3
 def deeper(setting: Setting) -> Part:
     """The second encoder: 12 blocks of width 96 behind a stem like the bundled one's."""
     steps = setting.steps(ENCODER_STEPS)
-    return Part("encoder-12", "train-encoder", "mini-encoder", {
+    return Part("train-encoder", "mini-encoder", {
         "steps": steps, "seed": setting.seed, "grow_stem": steps // 5, "optim": {"warmup": min(200, steps // 5)},
         "backbone": {"overrides": DEEPER, "stem": [32, 32, 64, 64, 96, 96], "pixel_layer": 3, "semantic_layer": 11},
         "loop": {"save_every": 250, "log_every": 50, "tracker": "none"},
@@ -45,13 +45,15 @@ def layer_table(setting: Setting, id: str) -> Result:
     encoders: dict[str, Part | None] = {"mini": None, "mini-12": deeper(setting)}
     if setting.scale == "full":
         encoders = {setting.encoder: None}
-    seeds, rows, said, trained = _seeds(setting), [], [], []
+    seeds, rows, said, trained, to_make = _seeds(setting), [], [], [], {}
     for name, encoder in encoders.items():
         at = taps(setting, encoder)
-        made = {layer: [_variant(setting, at, layer, encoder, seed).part(setting) for seed in seeds]
-                for layer in chosen_layers(id, at)}  # fmt: skip
+        to_make[name] = {layer: [_variant(setting, at, layer, encoder, seed).part(setting) for seed in seeds]
+                         for layer in chosen_layers(id, at)}  # fmt: skip
+    train_parts([part for made in to_make.values() for group in made.values() for part in group], setting)
+    for name, encoder in encoders.items():
+        at, made = taps(setting, encoder), to_make[name]
         parts = [part for group in made.values() for part in group]
-        train_parts(parts, setting)
         directory = str(encoder.model(setting)) if encoder else setting.encoder or "mini"
         judge = Judge(setting, directory)
         found = {layer: over_seeds([judge.measure(part) for part in group]) for layer, group in made.items()}
@@ -68,7 +70,7 @@ def _variant(setting: Setting, at: Taps, layer: int, encoder: Part | None, seed:
     """Pixels from a layer; the first quarter of the bundled encoder is row (d) of Table 3."""
     if encoder is None and setting.scale == "mini" and layer == at.shallow:
         return same_run(setting, "d", seed=seed)
-    return Variant("layers", layer, at.deep, encoder=encoder, seed=seed)
+    return Variant(layer, at.deep, encoder=encoder, seed=seed)
 
 
 def _seeds(setting: Setting) -> list[int]:

@@ -37,8 +37,9 @@ def table11(setting: Setting) -> Result:
             seconds = drawing[token].seconds if token in drawing else None
             values = (step[token].memory / 2**20, seconds, forward[token].flops / 1e9)
             measured = {key: value for key, value in zip(MEASURES, values, strict=True) if value is not None}
-            printed = paper.row(f"{token} token").values if built is not model else {}
-            rows.append(Row(f"{name}: {token} token", measured, printed))
+            counted = built is not model
+            printed = paper.row(f"{token} token").values if counted else {}
+            rows.append(Row(f"{name}: {token} token", measured, printed, "full" if counted else None))
         times = {"memory": ratio(step, "memory"), "GFLOPs": ratio(forward, "flops")}
         if drawing:
             times["time"] = ratio(drawing, "seconds")
@@ -62,10 +63,13 @@ def appendix_d() -> list[Row]:
         "code embedding": _count(head.embedding),
     }
     paper = paper_table("appendixD")
-    rows = [Row(f"appendix D: {name}", {"parameters, M": n / 1e6}, paper.row(name).values) for name, n in added.items()]
+    rows = [
+        Row(f"appendix D: {name}", {"parameters, M": n / 1e6}, paper.row(name).values, "full")
+        for name, n in added.items()
+    ]
     total = sum(added.values())
     measured = {"parameters, M": total / 1e6, "share": 100 * total / _count(built.llm)}
-    return [*rows, Row("appendix D: together", measured, paper.row("together").values)]
+    return [*rows, Row("appendix D: together", measured, paper.row("together").values, "full")]
 
 
 def _count(module: nn.Module) -> int:

@@ -25,6 +25,7 @@ from dualtoken.tokenizer.presets import tokenizer_directory
 Scale = Literal["mini", "full"]
 OPTIONS = ("data", "train_data", "weights", "encoder", "baseline", "inception", "lpips", "flickr8k", "scores")
 SPREAD = " sd"  # ends the name of a standard deviation over seeds, which stands beside its measure
+NAMES = {"mini": "miniature", "full": "full scale", "paper": "paper"}  # whose numbers a column has
 BUDGET = 30.0  # minutes of a table for which the steps of the miniatures are meant
 
 
@@ -46,6 +47,7 @@ class Setting:
         flickr8k: folder of Flickr8k, for retrieval.
         scores: model -> report of `dualtoken eval scores`, for tables of the benchmarks' own tools (`paper/scored.py`).
         again: nothing that was measured before is taken.
+        processes: that train parts, each with its share of the cores (mini only).
         skipped, protocol, made: pictures that could not be read, how it was measured, and the commits of trained parts
             and measures that were there before; filled while an experiment runs.
         since: when the run began, in seconds of the clock: what was measured later is taken also with `again`.
@@ -67,6 +69,7 @@ class Setting:
     flickr8k: str | None = None
     scores: dict[str, str] | None = None
     again: bool = False
+    processes: int = 1
     skipped: list[str] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
@@ -110,11 +113,16 @@ class Setting:
 
 @dataclass
 class Row:
-    """A line of the result. paper: what the paper prints for it, where it has such a line."""
+    """A line of the result.
+
+    Args: paper: what the paper prints for it, where it has such a line; scale: of what is measured, where that is not
+        the experiment's, as for what is counted at full size.
+    """
 
     name: str
     measured: dict[str, Any]
     paper: dict[str, Any] = field(default_factory=dict)
+    scale: Scale | None = None
 
 
 @dataclass
@@ -224,15 +232,16 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
     setting.skipped.clear()
     setting.protocol.clear()
     setting.made.clear()
+    code = version()  # that runs, whatever becomes of the files meanwhile
     make = experiment.full if setting.scale == "full" and experiment.full else experiment.make
     result = make(setting)
     found = {
         "id": id, "title": experiment.title, "claim": experiment.claim, **setting.asked,
-        "seeds": result.seeds or [setting.seed], "commit": version(),
+        "seeds": result.seeds or [setting.seed], "commit": code,
         "made_at": sorted(setting.made), "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2),
         "parts": result.parts, "findings": result.findings,
         "pictures": result.pictures, "skipped": sorted(set(setting.skipped)), "protocol": setting.protocol,
-        "rows": [asdict(row) | {"scale": setting.scale} for row in result.rows],
+        "rows": [asdict(row) | {"scale": row.scale or setting.scale} for row in result.rows],
     }  # fmt: skip
     with whole_or_not_at_all(setting.out / f"{id}.md") as draft:
         draft.write_text(page(found))
@@ -243,13 +252,12 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
 
 def page(found: dict[str, Any]) -> str:
     """What ID.json holds as Markdown."""
-    scale = "miniature" if found["scale"] == "mini" else "full scale"
     columns = columns_of(found["rows"])
-    names = ["", *(f"{key} ({scale if side == 'measured' else side})" for side, key in columns)]
-    lines = [f"# {found['title']}, {scale}", "", f"The paper: {found['claim']}", ""]
+    names = ["", *(f"{key} ({NAMES[side]})" for side, key in columns)]
+    lines = [f"# {found['title']}, {NAMES[found['scale']]}", "", f"The paper: {found['claim']}", ""]
     lines += [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for row in found["rows"]:
-        lines.append(f"| {' | '.join([row['name'], *(shown(row[side], key) for side, key in columns)])} |")
+        lines.append(f"| {' | '.join([row['name'], *(shown(values_of(row, side), key) for side, key in columns)])} |")
     lines += ["", *(f"- {finding}" for finding in found["findings"]), ""]
     lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in found["pictures"].items()]
     lines += [f"- {name}: {how}" for name, how in found.get("protocol", {}).items()]
@@ -269,6 +277,12 @@ def page(found: dict[str, Any]) -> str:
 def command_of(found: dict[str, Any]) -> str:
     """What makes a result anew."""
     words = ["dualtoken reproduce", found["id"], *(["--scale full"] if found["scale"] == "full" else [])]
+    changed = (
+        ("seed", found.get("seeds", [0])[0], 0),
+        ("pictures", found.get("at_most"), None),
+        ("budget", found.get("budget", BUDGET), BUDGET),
+    )
+    words += [f"--{name} {value:g}" for name, value, usual in changed if value != usual]
     for name, value in found.get("options", {}).items():
         listed = ",".join(f"{n}={file}" for n, file in value.items()) if isinstance(value, dict) else value
         words.append(f"--{name} {listed}")
@@ -276,11 +290,16 @@ def command_of(found: dict[str, Any]) -> str:
 
 
 def columns_of(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """("measured" or "paper", measure) of every column; a deviation has none of its own, see `shown`."""
+    """(side of `NAMES`, measure) of every column; a deviation has none of its own, see `shown`."""
     return [
-        (side, key) for side in ("measured", "paper")
-        for key in dict.fromkeys(key for row in rows for key in row[side]) if not key.endswith(SPREAD)
+        (side, key) for side in NAMES
+        for key in dict.fromkeys(key for row in rows for key in values_of(row, side)) if not key.endswith(SPREAD)
     ]  # fmt: skip
+
+
+def values_of(row: dict[str, Any], side: str) -> dict[str, Any]:
+    """What a row has for the columns of a side."""
+    return row["paper"] if side == "paper" else row["measured"] if row["scale"] == side else {}
 
 
 def shown(values: dict[str, Any], key: str) -> str:
@@ -297,7 +316,7 @@ def finished(place: Path, setting: Setting) -> bool:
     except (OSError, ValueError):
         return False
     same = all(found.get(key) == value for key, value in setting.asked.items()) and found["seeds"][0] == setting.seed
-    return same and found.get("commit") == version()
+    return same and found.get("commit") == version() and not version().endswith("+")  # changed files have no name
 
 
 def _stamp(file: str) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """`dualtoken reproduce ID`: a table or figure of the paper, in miniature in minutes or at full scale."""
 
 import json
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from dualtoken.eval.reconstruction import INCEPTION
 from dualtoken.eval.report import table
 from dualtoken.paper.ablations import table7, table8, table9, table10
 from dualtoken.paper.costs import figure6, table11
-from dualtoken.paper.experiment import BUDGET, Experiment, Setting, command_of, finished
+from dualtoken.paper.experiment import BUDGET, OPTIONS, Experiment, Setting, command_of, finished
 from dualtoken.paper.layers import figure3, figure7, figure8
 from dualtoken.paper.measure import check_measuring
 from dualtoken.paper.multimodal import (
@@ -164,15 +165,16 @@ def reproduce(
         baseline: for fig5 and fig6, the model that --weights is compared with.
         flickr8k: folder with Flickr8k as it is published, for table1's retrieval at full scale.
         scores: NAME=REPORT,... for tables 2, 4, 5, 6 and 12 at full scale: reports of dualtoken eval scores.
-        processes: of "all", tables made side by side, each with its share of the cores, its output in OUTPUT/ID.log;
-            default: in miniature on a CPU of at least two cores 2, otherwise 1.
+        processes: of "all", tables made side by side, each with its share of the cores, its output in OUTPUT/ID.log; of
+            one table in miniature, parts that are trained at a time. Default: in miniature on a CPU of at least two
+            cores 2, otherwise 1.
     """
     if budget <= 0 or seed < 0:
         raise UserError(f"--budget {budget:g}, --seed {seed}: give a budget above 0 and a seed of at least 0")
     if pictures is not None and pictures < 1:
         raise UserError(f"--pictures {pictures}: give at least 1")
-    if processes is not None and (processes < 1 or id != "all"):
-        raise UserError(f"--processes {processes}: give at least 1, and that for `all` alone")
+    if processes is not None and (processes < 1 or (processes > 1 and id != "all" and scale == "full")):
+        raise UserError(f"--processes {processes}: give at least 1, and more at full scale for `all` alone")
     if inception is not None and not Path(inception).is_file():
         raise UserError(f"--inception {inception}: no such file; it is published as {INCEPTION}")
     if lpips is not None and not Path(lpips).is_file():
@@ -197,7 +199,9 @@ def reproduce(
         near = get_close_matches(id, EXPERIMENTS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}, all and list"
         raise UserError(f"ID {id!r} is not a table or figure that can be made; {hint}")
+    processes = processes or usual_processes(scale)
     if id == "all":
+        _refuse_unknown(setting, own)
         chosen = [name for name in EXPERIMENTS if scale == "mini" or _possible(name, own[name])]
         if not chosen:
             raise UserError("reproduce all --scale full: nothing can be made of these options (see above)")
@@ -215,7 +219,9 @@ def reproduce(
             print(f"{name} is done: {place}")
         else:
             waiting.append((name, EXPERIMENTS[name], own[name]))
-    run_all(waiting, processes or (usual_processes(scale) if id == "all" else 1))
+    if id != "all":
+        waiting = [(name, experiment, replace(setting, processes=processes)) for name, experiment, setting in waiting]
+    run_all(waiting, processes)
     if id == "all":
         write_summary(setting.out, chosen)
 
@@ -229,6 +235,19 @@ def _keep(place: Path, setting: Setting) -> None:
     other = found.get("scale") != setting.scale or found.get("options", {}) != setting.asked["options"]
     if other and not setting.again:
         raise UserError(f"{place} holds what `{command_of(found)}` made: give another --output, or --again true")
+
+
+def _refuse_unknown(setting: Setting, own: dict[str, Setting]) -> None:
+    """Raise UserError for what is given to `all` and taken by no table."""
+    for name in OPTIONS:
+        given, taken = getattr(setting, name), [getattr(one, name) for one in own.values()]
+        if isinstance(given, dict):
+            known = {model for one in taken for model in one or ()}
+            if unknown := [model for model in given if model not in known]:
+                raise UserError(f"--{name} {unknown[0]}=...: no table has a model of that name")
+        elif given is not None and given not in taken:
+            scale = "at full scale" if setting.scale == "full" else "in miniature"
+            raise UserError(f"--{name} {given}: no table takes it {scale}")
 
 
 def _possible(name: str, setting: Setting) -> bool:

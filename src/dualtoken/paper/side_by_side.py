@@ -1,4 +1,7 @@
-"""Several tables and figures at a time, each in a process of its own; parts that they share are trained once."""
+"""Several tables and figures at a time, each in a process of its own; and several parts of one table.
+
+Parts that tables share are trained once.
+"""
 
 import multiprocessing
 import os
@@ -6,11 +9,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -85,17 +90,56 @@ def _end_with_parent() -> None:
 
 def _run_one(id: str, experiment: Experiment, setting: Setting) -> None:
     """`run` in a process of the pool, what it prints in a file."""
-    setting.out.mkdir(parents=True, exist_ok=True)
-    with open(_log(id, setting), "a", buffering=1) as log:
+    with _into_log(_log(id, setting)):
+        run(id, experiment, setting)
+
+
+@contextmanager
+def _into_log(place: Path) -> Iterator[None]:
+    """What this process prints goes into a file, and so does what it fails with."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place, "a", buffering=1) as log:
         sys.stdout.flush()
         sys.stderr.flush()
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         try:
-            run(id, experiment, setting)
+            yield
         except BaseException:
             traceback.print_exc()
             raise
+
+
+@contextmanager
+def helpers(work: Callable[[Any, Setting], None], what: Any, setting: Setting) -> Iterator[None]:
+    """While it lasts, `setting.processes` - 1 further processes do the same work, and each has its share of the cores.
+
+    What one of them fails at is left for this process, which then meets the same; its output is in OUTPUT/helper-N.log.
+    """
+    threads, share = torch.get_num_threads(), max(1, _cores() // setting.processes)
+    context, started = multiprocessing.get_context("spawn"), []
+    for number in range(1, setting.processes):
+        log = setting.out / f"helper-{number}.log"
+        started.append(context.Process(target=_help, args=(work, what, setting, share, log)))
+        started[-1].start()
+        print(f"a second process works beside this one, see {log}" if number == 1 else f"and another, see {log}")
+    try:
+        if started:
+            torch.set_num_threads(share)
+        yield
+        for process in started:
+            process.join()
+    finally:
+        for process in started:
+            process.terminate()  # a training saves its state
+            process.join()
+        torch.set_num_threads(threads)
+
+
+def _help(work: Callable[[Any, Setting], None], what: Any, setting: Setting, threads: int, log: Path) -> None:
+    with _into_log(log):
+        _begin(threads)
+        work(what, setting)
 
 
 def _log(id: str, setting: Setting) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dualtoken.app.report import SCALES, Page
-from dualtoken.paper.experiment import columns_of, command_of, shown
+from dualtoken.paper.experiment import NAMES, columns_of, command_of, shown, values_of
 
 
 def write_summary(folder: Path, ids: Sequence[str]) -> Path:
@@ -31,8 +31,8 @@ def add_result(page: Page, folder: Path, result: dict[str, Any]) -> None:
     page.heading(f"{result['id']}: {result['title']} ({scale})")
     page.text(f"The paper: {result['claim']}")
     columns = columns_of(result["rows"])
-    header = ["", *(f"{key} ({scale if side == 'measured' else side})" for side, key in columns)]
-    rows = [[row["name"], *(shown(row[side], key) for side, key in columns)] for row in result["rows"]]
+    header = ["", *(f"{key} ({NAMES[side]})" for side, key in columns)]
+    rows = [[row["name"], *(shown(values_of(row, side), key) for side, key in columns)] for row in result["rows"]]
     page.table(header, rows, [i for i, row in enumerate(result["rows"]) if not row["measured"]])
     for finding in result["findings"]:
         page.text(finding)

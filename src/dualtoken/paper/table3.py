@@ -44,7 +44,7 @@ class Case:
         """The tokenizer of this row with one weight and seed."""
         layers = {"deep": at.deep, "shallow": at.shallow}
         return Variant(
-            "table3", layers[self.pixel], layers[self.semantic], self.joined, self.draws,
+            layers[self.pixel], layers[self.semantic], self.joined, self.draws,
             weight if self.means else 0.0, self.frozen, seed=seed,
         )  # fmt: skip
 

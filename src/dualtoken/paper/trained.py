@@ -10,7 +10,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.data.scene_chat import SceneChatConfig, SceneChats
 from dualtoken.paper.experiment import Setting, version
+from dualtoken.paper.side_by_side import helpers
 from dualtoken.tokenizer.presets import BUNDLED, RECIPES, open_tokenizer
 from dualtoken.training.encoder import train_encoder
 from dualtoken.training.mllm import train_mllm
@@ -44,14 +46,12 @@ class Part:
     """A model that has to be trained.
 
     Args:
-        name: begins the name of its folder.
         command: of `COMMANDS`.
         recipe: one of the package, by name.
         changes: in place of what the recipe says; nested as it is.
         models: option -> the part whose model it takes.
     """
 
-    name: str
     command: str
     recipe: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Part:
 
     def folder(self, setting: Setting) -> Path:
         """Where it is, or will be."""
-        return setting.cache / f"{self.name}-{self.key}"
+        return setting.cache / f"{self.command.removeprefix('train-')}-{self.key}"
 
     def model(self, setting: Setting) -> Path:
         """Directory of its model."""
@@ -87,9 +87,11 @@ class Part:
 
 
 def train_parts(parts: Sequence[Part], setting: Setting) -> list[Path]:
-    """Directories of the parts' models, in order; what is not there yet is trained."""
+    """Directories of the parts' models, in order; what is not there yet is trained, `setting.processes` at a time."""
     waiting = list({part.key: part for part in parts}.values())
-    with tqdm(total=len(waiting), desc="parts", unit="", disable=len(waiting) < 2) as bar:
+    missing = [part for part in waiting if not (part.folder(setting) / DONE).is_file()]
+    beside = helpers(_train_here, missing[::-1], setting) if len(missing) > 1 else nullcontext()
+    with tqdm(total=len(waiting), desc="parts", unit="", disable=len(waiting) < 2) as bar, beside:
         while waiting:
             busy = [part for part in waiting if not _train(part, setting)]
             bar.update(len(waiting) - len(busy))
@@ -97,6 +99,10 @@ def train_parts(parts: Sequence[Part], setting: Setting) -> list[Path]:
                 time.sleep(WAIT)
             waiting = busy
     return [part.model(setting) for part in parts]
+
+
+def _train_here(parts: Sequence[Part], setting: Setting) -> None:
+    train_parts(parts, replace(setting, processes=1))
 
 
 def minutes(parts: Sequence[Part], setting: Setting) -> dict[str, float]:
@@ -155,7 +161,8 @@ def _train(part: Part, setting: Setting) -> bool:
     folder = part.folder(setting)
     if (folder / DONE).is_file():
         return True
-    models = dict(zip(part.models, train_parts(list(part.models.values()), setting), strict=True))
+    needed = train_parts(list(part.models.values()), replace(setting, processes=1))
+    models = dict(zip(part.models, needed, strict=True))
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     try:

@@ -52,7 +52,6 @@ class Variant:
         steps: of the miniature, before the budget.
     """
 
-    name: str
     pixel_layer: int
     semantic_layer: int
     joined: bool = False
@@ -72,7 +71,7 @@ class Variant:
         mini = setting.scale == "mini"
         recipe = "mini-tokenizer" if mini else full_recipe(setting)
         changes = self._changes(setting) | (self._mini(setting) if mini else self._full(setting))
-        return Part(self.name, "train-tokenizer", recipe, changes, models)
+        return Part("train-tokenizer", recipe, changes, models)
 
     @property
     def trains(self) -> list[str]:
