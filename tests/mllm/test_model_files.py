@@ -65,7 +65,7 @@ def test_the_vision_tokenizer_may_stay_elsewhere(tmp_path):
     opened.save_pretrained(tmp_path / "whole")  # and it can come back
     assert torch.equal(logits_of(AutoModel.from_pretrained(tmp_path / "whole"), inputs), wanted)
     tiny.tokenizer(branch=narrow(depth=3)).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="depth 3 there, 16 x 2 in the model"):
+    with pytest.raises(UserError, match="depth 3 there, 16 x depth 2 in the model"):
         DualTokenForConditionalGeneration.from_pretrained(tmp_path / "relative")
 
 
