@@ -120,10 +120,13 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def write(name: str, results: list[Result], options: Options, output: Path, page: bool) -> None:
-    """JSON, table and plot of a benchmark into a folder; with `page` the table also into docs/benchmarks.md."""
+def write(name: str, results: list[Result], options: Options, output: Path, page: bool, complete: bool = True) -> None:
+    """JSON, table and plot of a benchmark into a folder; with `page` the table also into docs/benchmarks.md.
+
+    What is not complete is called NAME-DEVICE.part, and no page.
+    """
     device = "cpu" if options.device == "cpu" else "gpu"
-    about, stem = surroundings(options), f"{name}-{device}"
+    about, stem = surroundings(options), f"{name}-{device}" + ("" if complete else ".part")
     output.mkdir(parents=True, exist_ok=True)
     whole = {"benchmark": name, **about, "options": asdict(options), "cases": results}
     (output / f"{stem}.json").write_text(json.dumps(whole, indent=1) + "\n")
@@ -132,7 +135,7 @@ def write(name: str, results: list[Result], options: Options, output: Path, page
     text = f"`python -m benchmarks {name}{less}`: {described}\n\n{table(results)}\n"
     plotted = plot(results, output / f"{stem}.svg", name)
     (output / f"{stem}.md").write_text(text + (f"\n![growth]({stem}.svg)\n" if plotted else ""))
-    if page:
+    if page and complete:
         insert(PAGE, stem, text + (f"\n![growth]({output.name}/{stem}.svg)\n" if plotted else ""))
     print(f"\n{text}\nwritten: {output / stem}.json, .md")
 
@@ -190,7 +193,8 @@ def main() -> None:
                 results.append(result)
             complete = True
         finally:  # what was measured before an end that someone else made is kept too
-            write(name, results, options, output, page and complete)
+            if results:
+                write(name, results, options, output, page, complete)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def cases(options: Options) -> list[Case]:
             made.append(Case(group, "transformers' Janus, one code a position", "reference",
                              partial(janus, batch, options), batch, "Janus"))  # fmt: skip
         made.append(Case(group, "the LLM's passes alone", "limit", partial(passes, batch, options), batch, "LLM alone"))
-        if gpu:
+        if gpu and batch == 1:
             made.append(Case(group, "reading all weights once a position", "limit", partial(reading, options)))
     return made
 
@@ -210,22 +210,19 @@ def passes(batch: int, options: Options) -> Work:
 
 
 def reading(options: Options) -> Work:
-    """A sum over every weight that a position needs, as often as it needs it: the LLM once, the heads once a depth."""
+    """As many bytes moved as a position has weights to read: the LLM's once, the heads' blocks once a depth."""
     model = model_of(options)
     heads = [model.pixel_head, model.semantic_head]
     weights = [*model.llm.base_model.layers.parameters(), *model.projector.parameters()]
     weights += [p for head in heads for _ in range(head.config.depth) for p in head.blocks.parameters()]
     weights += [p for head in heads for p in head.classifiers.parameters()]
+    count, positions = sum(w.numel() * w.element_size() for w in weights), model.config.positions
+    del model, heads, weights
+    source = torch.zeros(count // 2, dtype=torch.uint8, device=options.device)  # a copy reads it and writes as much
+    place = torch.empty_like(source)
 
-    def once() -> None:
-        for weight in weights:
-            weight.sum()
-
-    step = image.Recorded(once)
-
-    @torch.no_grad()
     def run() -> None:
-        for _ in range(model.config.positions):
-            step()
+        for _ in range(positions):
+            place.copy_(source)
 
     return Work(run, 1, "images")

@@ -1,4 +1,4 @@
-"""One case, measured in a process of its own: time over repeats, and the memory that the work takes on top."""
+"""One case: time over repeats, and the memory that the work takes on top. On a CPU in a process of its own."""
 
 import resource
 import statistics
@@ -60,7 +60,7 @@ class Case:
         group: what is compared; the lines of a group share one "ours".
         name: who does it.
         role: "ours", "reference", or "limit" (what the hardware would need for the unavoidable part).
-        make: builds the inputs, in the process of the case.
+        make: builds the inputs, in the process that measures.
         rows: the x axis where groups with one `series` are a plot of growth.
         rounds: at most so many repeats, for what takes minutes.
     """

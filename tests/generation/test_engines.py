@@ -152,3 +152,56 @@ def test_a_drawing_begins_anew_with_other_prompts_in_the_same_room():
     second, fresh = drawn(drawing), drawn(image.Drawing(model, rows[1], 1, config, [3, 4]))
     assert all(torch.equal(second[name], fresh[name]) for name in fresh)
     assert not torch.equal(second["pixel"], first["pixel"])
+
+
+def test_auto_records_on_a_gpu_what_it_was_run_with(monkeypatch):
+    from types import SimpleNamespace
+
+    model, _ = lively()
+    layers = SimpleNamespace(plain_layers=lambda held: held.llm.config.hidden_act == "silu")
+    monkeypatch.setattr(image, "kernels", lambda device: layers)
+    assert image.engine_of(model, DrawConfig()).engine == "graph"
+    assert image.engine_of(model, DrawConfig(engine="static")).engine == "static"
+    model.llm.config.hidden_act = "gelu"
+    assert image.engine_of(model, DrawConfig()).engine == "plain"
+    monkeypatch.setattr(image, "kernels", lambda device: None)  # no GPU, or one without what they need
+    model.llm.config.hidden_act = "silu"
+    assert image.engine_of(model, DrawConfig()).engine == "plain"
+
+
+def test_a_recording_is_known_by_all_that_it_holds_on_to():
+    import peft
+
+    model, _ = lively()
+    config = DrawConfig()
+    known = [image.recorded_for(model, config)]
+
+    def changes():
+        known.append(image.recorded_for(model, config))
+        return known[-1] != known[-2]
+
+    assert not changes()
+    config.pixel.temperature = 0.5  # in place
+    assert changes()
+    head = model.pixel_head.classifiers[0].weight
+    head.data = head.data.clone()
+    assert changes()
+    model.config.output = "pixel"
+    assert changes()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert changes()
+    adapted = peft.LoraModel(model.llm, peft.LoraConfig(r=2, target_modules=["q_proj"]), "default")
+    assert changes()
+    adapted.disable_adapter_layers()
+    assert changes()
+    adapted.enable_adapter_layers()
+    adapted.merge_adapter()
+    assert changes()
+
+
+def test_what_is_kept_is_taken_by_one_alone_and_for_its_key():
+    keep = image.Keep()
+    keep.put((1,), "drawing", "step")
+    assert keep.take((1,)) == ("drawing", "step") and keep.take((1,)) is None
+    keep.put((1,), "drawing", "step")
+    assert keep.take((2,)) is None and keep.take((1,)) is None

@@ -40,7 +40,7 @@ def test_pictures_are_those_of_the_plain_engine(model, engine, guidance, samplin
 
 def kept(model):
     """The drawing that was recorded last, and its step."""
-    return vars(model)["_recorded"].last[1:]
+    return image.kept_by(model)._last[0][1:]
 
 
 def test_a_recording_is_kept_for_pictures_of_the_same_room_and_made_anew_for_other_weights(model):
@@ -56,7 +56,7 @@ def test_a_recording_is_kept_for_pictures_of_the_same_room_and_made_anew_for_oth
     assert kept(model)[1] is not step
     assert same(changed, draw(model, given(1), "plain", 3.0, FREE))
     head.data = old
-    assert vars(copy.deepcopy(model))["_recorded"].last is None
+    assert not image.kept_by(copy.deepcopy(model))._last
 
 
 def test_auto_takes_the_recorded_steps(model):

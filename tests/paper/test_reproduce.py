@@ -185,7 +185,7 @@ def test_a_helper_works_beside_and_its_failure_is_left_to_the_one_that_it_helps(
     for fails in (False, True):
         if fails:
             (tmp_path / "fail").touch()
-        with side_by_side.helpers(marked, tmp_path, Setting(out=tmp_path / "out", processes=2)):
+        with side_by_side.helpers(marked, tmp_path, Setting(out=tmp_path / "out"), 1):
             assert torch.get_num_threads() == max(1, side_by_side._cores() // 2)
         assert torch.get_num_threads() == threads
     assert len(list(tmp_path.glob("*.txt"))) == 2 and not (tmp_path / f"{os.getpid()}.txt").exists()

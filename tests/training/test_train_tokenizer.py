@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from dualtoken.cli import main
 from dualtoken.core.checkpoint import latest_state
 from dualtoken.tokenizer.presets import open_tokenizer
-from dualtoken.training.loop import Loop, LoopConfig, OptimConfig
+from dualtoken.training.loop import Loop, LoopConfig
+from dualtoken.training.optim import OptimConfig
 from dualtoken.training.tokenizer import set_trained
 from tests import tiny
 from tests.tokenizer.test_joined import joined

@@ -152,13 +152,27 @@ def fits(model: Model, rows: int) -> bool:
 
 
 def plain_layers(model: Model) -> bool:
-    """Whether the LLM is Qwen2 or Llama with weights as they come: no adapters, no 4-bit numbers."""
+    """Whether the LLM is Qwen2 or Llama on one device with weights as they come: no adapters, no 4-bit numbers.
+
+    Also refused is what the kernels would not see: hooks, dropout, layers that see less than everything, rotary
+    positions of a part of the width, or of a period that follows the length of the text.
+    """
     base = model.llm.base_model
     if type(base) not in (LlamaModel, Qwen2Model) or base.config.hidden_act != "silu":
         return False
     head = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
     kind = base.layers[0].self_attn.q_proj.weight.dtype
-    return head == triton.next_power_of_2(head) and all(_plain(layer, kind) for layer in base.layers)
+    turns = getattr(base.config, "rope_parameters", None) or {}
+    return (
+        head == triton.next_power_of_2(head)
+        and {p.device for p in base.parameters()} == {model.device}
+        and set(getattr(base.config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and turns.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+        and turns.get("partial_rotary_factor", 1.0) == 1.0
+        and not (base.training and base.config.attention_dropout)
+        and not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in base.modules())
+        and all(_plain(layer, kind) for layer in base.layers)
+    )
 
 
 def _plain(layer: nn.Module, kind: torch.dtype) -> bool:
@@ -167,7 +181,8 @@ def _plain(layer: nn.Module, kind: torch.dtype) -> bool:
     three = attention.q_proj, attention.k_proj, attention.v_proj
     bare = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
     return (
-        all(type(m) is nn.Linear and m.weight.dtype is kind and m.weight.is_contiguous() for m in (*three, *bare))
+        all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in (*three, *bare))
+        and all(m.weight.dtype is kind and m.weight.is_contiguous() for m in (*three, *bare))
         and len({m.bias is None for m in three}) == 1
         and all(m.bias is None for m in bare)
         and all(m.out_features % BLOCK_N == 0 for m in three)

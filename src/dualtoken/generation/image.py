@@ -2,16 +2,16 @@
 
 Prompts stand in the batch twice, with and without their text, for classifier-free guidance. Every pass is cached:
 the LLM's keys and values (`generation/llm_cache.py`), the heads' depth steps, the causal projection behind each
-quantiser. Nothing in the loop waits for the device, and but for the LLM's cache on the engine "plain" all state is
-changed in place, so that a position's whole step can be recorded as a CUDA graph.
+quantiser. But for the LLM's cache on the engine "plain" all state is changed in place, and nothing of ours waits for
+the device, so that a position's whole step can be recorded as a CUDA graph.
 
 Shapes: B images, N positions, D depth, K codebook size, H width of the LLM.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -23,6 +23,7 @@ from dualtoken.generation.context import Context, Model, Rows, join
 from dualtoken.generation.llm_cache import FixedContext, GrowingContext, room_for
 from dualtoken.generation.sampling import DrawConfig, HeadSampling, guide, sample, uniforms
 from dualtoken.tokenizer.branch import AttentionCache, Branch, FixedCache
+from dualtoken.tokenizer.quantizer import kernel_at_hand
 
 RECORDED = ("graph", "compiled")  # engines whose steps are recorded on a GPU
 WARM_UP = 3  # positions drawn before a graph is recorded, so that libraries have made their choices and buffers
@@ -80,7 +81,6 @@ class Drawing:
         self.beside = None if alone else torch.cuda.Stream(device)
         self.steps = {n: FeatureSteps(b, FixedCache(b.post, len(seeds), self.positions, self.at), sums)
                       for n, b in branches.items()}  # fmt: skip
-        self.read, self.choose = self._read, self._choose_by  # the two pieces of a step that can be compiled
 
     def restart(self, rows: Rows, seeds: list[int]) -> None:
         """Other images, as many, of prompts that fit into the same room."""
@@ -96,7 +96,7 @@ class Drawing:
 
     def advance(self) -> None:
         """Read the position drawn last and draw the next."""
-        hidden = self.read()
+        hidden = self._read()
         self.at.add_(1)
         self._choose(hidden)
 
@@ -120,13 +120,13 @@ class Drawing:
         noise = self.noise.index_select(1, self.at)[:, 0]
         if self.beside is None:
             for number, name in enumerate(self.names):
-                self.choose(name, hidden, noise[:, number])
+                self._choose_by(name, hidden, noise[:, number])
             return
         main = torch.cuda.current_stream()
         self.beside.wait_stream(main)
         with torch.cuda.stream(self.beside):
-            self.choose("semantic", hidden, noise[:, 1])
-        self.choose("pixel", hidden, noise[:, 0])
+            self._choose_by("semantic", hidden, noise[:, 1])
+        self._choose_by("pixel", hidden, noise[:, 0])
         main.wait_stream(self.beside)
 
     def _choose_by(self, name: str, hidden: Tensor, noise: Tensor) -> None:
@@ -141,26 +141,26 @@ def draws_semantic(model: Model, config: DrawConfig) -> bool:
 
 
 def engine_of(model: Model, config: DrawConfig) -> DrawConfig:
-    """The settings with "auto" resolved: "graph" on a GPU for LLMs that it was run with, else "plain"."""
+    """The settings with "auto" resolved: "graph" on a GPU for LLMs of the kind that it was run with, else "plain"."""
     if config.engine != "auto":
         return config
-    ready = model.device.type == "cuda" and find_spec("triton") and fused_llm().plain_layers(model)
-    ready = ready and model.llm.config._attn_implementation in ("sdpa", "eager")
-    return replace(config, engine="graph" if ready else "plain")
+    ready = kernels(model.device) and model.llm.config._attn_implementation in ("sdpa", "eager")
+    return replace(config, engine="graph" if ready and kernels(model.device).plain_layers(model) else "plain")
 
 
-def fused_llm() -> ModuleType:
-    """The kernels' module; Triton is not on every machine."""
-    from dualtoken.generation import fused_llm
+def kernels(device: torch.device) -> ModuleType | None:
+    """`generation/fused_llm.py` where there are Triton and a GPU for it."""
+    if device.type != "cuda" or not kernel_at_hand(device):
+        return None
+    from dualtoken.generation import fused_llm  # Triton is not on every machine
 
     return fused_llm
 
 
 def kind_of_context(model: Model, config: DrawConfig, rows: Rows) -> type[GrowingContext]:
     """How the LLM goes on: growing, with fixed room, or through kernels of few launches where they pay."""
-    recorded = config.engine == "graph" and rows.embeds.is_cuda
-    if recorded and find_spec("triton") and fused_llm().fits(model, len(rows.mask)):
-        return fused_llm().FusedContext
+    if config.engine == "graph" and (module := kernels(rows.embeds.device)) and module.fits(model, len(rows.mask)):
+        return module.FusedContext
     return GrowingContext if config.engine == "plain" else FixedContext
 
 
@@ -171,7 +171,8 @@ def steps_of(drawing: Drawing) -> Callable[[], None]:
     position in place of hundreds; off the GPU there is nothing to record.
     """
     if drawing.config.engine == "compiled":
-        drawing.read, drawing.choose = (torch.compile(f, dynamic=False) for f in (drawing.read, drawing.choose))
+        for piece in ("_read", "_choose_by"):
+            setattr(drawing, piece, torch.compile(getattr(drawing, piece), dynamic=False))
     if drawing.config.engine in RECORDED and drawing.at.is_cuda:
         return Recorded(drawing.advance)
     return drawing.advance
@@ -202,12 +203,19 @@ class Keep:
     """Of a model the drawing that was recorded last: what it was made for, itself, its step. A copy has none."""
 
     def __init__(self):
-        self.last: tuple[tuple, Drawing, Callable[[], None]] | None = None
+        self._last: list[tuple[tuple, Drawing, Callable[[], None]]] = []
 
     def take(self, key: tuple) -> tuple[Drawing, Callable[[], None]] | None:
         """What was made for the key, if it is there; nothing is left here, so that no one else draws with it."""
-        last, self.last = self.last, None
-        return last[1:] if last is not None and last[0] == key else None
+        try:
+            found, *last = self._last.pop()
+        except IndexError:
+            return None
+        return tuple(last) if found == key else None
+
+    def put(self, key: tuple, drawing: Drawing, step: Callable[[], None]) -> None:
+        """Keep this one, and no other."""
+        self._last[:] = [(key, drawing, step)]
 
     def __deepcopy__(self, memo: dict) -> "Keep":
         return Keep()
@@ -216,13 +224,20 @@ class Keep:
         return Keep, ()
 
 
-def recorded_parts(model: Model) -> tuple:
-    """What of a model a recording holds on to: the addresses of its weights, and which adapters are at work."""
+def kept_by(model: Model) -> Keep:
+    """What a model keeps; `kept_by(model).take(())` frees the room of the last recorded drawing."""
+    return vars(model).setdefault("_recorded", Keep())
+
+
+def recorded_for(model: Model, config: DrawConfig) -> tuple:
+    """What a recording holds on to, as it is now: settings, addresses of weights, adapters at work, torch's mode."""
     adapters = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     return (
+        repr(config), model.config.output, model.training,
+        torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_inference_mode_enabled(),
         tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers())),
-        tuple((m.disable_adapters, tuple(m.active_adapters)) for m in adapters),
-    )
+        tuple((m.disable_adapters, *m.active_adapters, *m.merged_adapters, *m.scaling.items()) for m in adapters),
+    )  # fmt: skip
 
 
 def drawing_of(
@@ -236,15 +251,15 @@ def drawing_of(
         drawing = Drawing(model, rows, copies, config, seeds)
         return drawing, steps_of(drawing), lambda: None
     room = room_for(rows.mask.shape[1], model.config.positions - 1)
-    key = (len(seeds), copies, room, rows.embeds.dtype, replace(config), *recorded_parts(model))
-    keep = vars(model).setdefault("_recorded", Keep())
+    key = (len(seeds), copies, room, rows.embeds.dtype, *recorded_for(model, config))
+    keep = kept_by(model)
     if (known := keep.take(key)) is not None:
         drawing, step = known
         drawing.restart(rows, seeds)
     else:
-        drawing = Drawing(model, rows, copies, config, seeds)
+        drawing = Drawing(model, rows, copies, deepcopy(config), seeds)
         step = steps_of(drawing)
-    return drawing, step, lambda: setattr(keep, "last", (key, drawing, step))
+    return drawing, step, lambda: keep.put(key, drawing, step)
 
 
 @torch.no_grad()
@@ -261,7 +276,8 @@ def draw(
 
     Args:
         contexts: what stands before `<image_gen_start>`; unconditional: the same without text, for guidance.
-        seeds: B numbers; equal seed and context give an equal image, alone or in any batch.
+        seeds: B numbers; equal seed and context give an equal image, alone or in any batch, but for rounding: in 16
+            bits on a GPU few rows and many are computed by other kernels.
         callback: called with (positions done, N); on a GPU the work behind may still be under way.
         watch: called after every position with the codes so far, [B, n, D]; what it raises ends the drawing.
     Returns: codes of B images, [B, N, D] each. Raises UserError where the image does not fit the context, and where

@@ -56,6 +56,7 @@ def layer_table(setting: Setting, id: str) -> Result:
         parts = [part for group in made.values() for part in group]
         directory = str(encoder.model(setting)) if encoder else setting.encoder or "mini"
         judge = Judge(setting, directory)
+        judge.measure_all(parts)
         found = {layer: over_seeds([judge.measure(part) for part in group]) for layer, group in made.items()}
         rows += [Row(f"{name} {layer}/{at.layers}", numbers) for layer, numbers in found.items()]
         if setting.scale == "mini":
@@ -114,6 +115,7 @@ def table10(setting: Setting) -> Result:
         variants = [replace(same_run(setting, told["name"], seed=seed), quantizer=told["quantizer"]) for seed in seeds]
         parts = [variant.part(setting) for variant in variants]
         train_parts(parts, setting)
+        judge.measure_all(parts)
         means[label] = over_seeds([judge.measure(part) for part in parts])
         rows.append(Row(label, means[label], paper_table("table10").row(paper).values))
         trained += parts

@@ -282,7 +282,7 @@ def command_of(found: dict[str, Any]) -> str:
         ("pictures", found.get("at_most"), None),
         ("budget", found.get("budget", BUDGET), BUDGET),
     )
-    words += [f"--{name} {value:g}" for name, value, usual in changed if value != usual]
+    words += [f"--{name} {str(value).removesuffix('.0')}" for name, value, usual in changed if value != usual]
     for name, value in found.get("options", {}).items():
         listed = ",".join(f"{n}={file}" for n, file in value.items()) if isinstance(value, dict) else value
         words.append(f"--{name} {listed}")

@@ -22,6 +22,7 @@ from dualtoken.eval.prompts import class_names
 from dualtoken.eval.reconstruction import evaluate_reconstruction, inception_distance
 from dualtoken.eval.zero_shot import Embed, accuracy, class_vectors, embed_texts, quantized_embed, retrieval
 from dualtoken.paper.experiment import SPREAD, Setting
+from dualtoken.paper.side_by_side import helpers
 from dualtoken.paper.trained import Part, digest, remembered
 from dualtoken.tokenizer.presets import open_tokenizer
 from dualtoken.tokenizer.pretrained import open_image_text
@@ -82,21 +83,31 @@ class Judge:
         """The teacher itself, as `measure` gives it."""
         return self._meaning(self.teacher)
 
+    def measure_all(self, parts: Sequence[Part]) -> None:
+        """Measure trained parts that have not been, `Setting.processes` at a time; `measure` then finds it."""
+        missing = [part for part in parts if not self._place(part).is_file()]
+        number = min(self.setting.processes, len(missing)) - 1
+        with helpers(_measure_here, (self.name, missing[::-1]), self.setting, max(0, number)):
+            for part in missing:
+                self.measure(part)
+
     def measure(self, part: Part, pixels: bool = True, meaning: bool = True) -> dict[str, float | None]:
         """PSNR, SSIM and a Frechet distance; zero-shot accuracy and R@1, in percent. None for what does not apply.
 
         The part has been trained; what was measured once is kept in its folder.
         """
-        folder, model = part.folder(self.setting), part.model(self.setting)
-        where = [told for told in (self.setting.data, self.setting.inception) if told]
-        mark = f"-{digest(where)}" if where else ""
-        place = folder / f"measured-{self.setting.scale}-{self.count}{mark}.json"
-        found = remembered(place, self.setting, lambda: self._measure(model))
+        found = remembered(self._place(part), self.setting, lambda: self._measure(part.model(self.setting)))
         self.setting.skipped.extend(found.pop("skipped", []))
         self.setting.protocol.update(found.pop("protocol", {}))
         wanted = {name for names, asked in ((PIXELS, pixels), (MEANING, meaning)) if asked for name in names}
         wanted |= {"rfid"} if pixels else set()
         return {name: value if name in wanted else None for name, value in found.items()}
+
+    def _place(self, part: Part) -> Path:
+        """The file of what was measured."""
+        where = [told for told in (self.setting.data, self.setting.inception) if told]
+        mark = f"-{digest(where)}" if where else ""
+        return part.folder(self.setting) / f"measured-{self.setting.scale}-{self.count}{mark}.json"
 
     def _measure(self, model: Path) -> dict[str, float | None]:
         if self.setting.scale == "full":
@@ -141,6 +152,13 @@ class Judge:
     def _classes(self) -> Tensor:
         self.batches  # noqa: B018 (opens the source, which knows the classes)
         return class_vectors(self.pair.encoder, self.pair.tokenizer, self.classes)
+
+
+def _measure_here(what: tuple[str, list[Part]], setting: Setting) -> None:
+    encoder, parts = what
+    judge = Judge(setting, encoder)
+    for part in parts:
+        judge.measure(part)
 
 
 def over_seeds(found: Sequence[dict[str, float | None]]) -> dict[str, float | None]:

@@ -243,6 +243,8 @@ def _refuse_unknown(setting: Setting, own: dict[str, Setting]) -> None:
         given, taken = getattr(setting, name), [getattr(one, name) for one in own.values()]
         if isinstance(given, dict):
             known = {model for one in taken for model in one or ()}
+            if not known:
+                raise UserError(f"--{name}: no table takes it in miniature")
             if unknown := [model for model in given if model not in known]:
                 raise UserError(f"--{name} {unknown[0]}=...: no table has a model of that name")
         elif given is not None and given not in taken:

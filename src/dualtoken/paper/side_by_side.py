@@ -111,28 +111,33 @@ def _into_log(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def helpers(work: Callable[[Any, Setting], None], what: Any, setting: Setting) -> Iterator[None]:
-    """While it lasts, `setting.processes` - 1 further processes do the same work, and each has its share of the cores.
+def helpers(work: Callable[[Any, Setting], None], what: Any, setting: Setting, number: int) -> Iterator[None]:
+    """While it lasts, so many further processes do the same work, and each has its share of the cores.
 
     What one of them fails at is left for this process, which then meets the same; its output is in OUTPUT/helper-N.log.
     """
-    threads, share = torch.get_num_threads(), max(1, _cores() // setting.processes)
+    threads, share = torch.get_num_threads(), max(1, _cores() // (number + 1))
     context, started = multiprocessing.get_context("spawn"), []
-    for number in range(1, setting.processes):
-        log = setting.out / f"helper-{number}.log"
-        started.append(context.Process(target=_help, args=(work, what, setting, share, log)))
-        started[-1].start()
-        print(f"a second process works beside this one, see {log}" if number == 1 else f"and another, see {log}")
     try:
+        for place in range(1, number + 1):
+            log = setting.out / f"helper-{place}.log"
+            started.append(context.Process(target=_help, args=(work, what, setting, share, log)))
+            started[-1].start()
+            print(f"another process works beside this one, see {log}")
         if started:
             torch.set_num_threads(share)
         yield
-        for process in started:
+        for place, process in enumerate(started, 1):
             process.join()
+            if process.exitcode:
+                print(
+                    f"the process beside this one ended with {process.exitcode}, see {setting.out}/helper-{place}.log"
+                )
     finally:
         for process in started:
-            process.terminate()  # a training saves its state
-            process.join()
+            if process.is_alive():
+                process.terminate()  # a training saves its state
+                process.join()
         torch.set_num_threads(threads)
 
 

@@ -73,6 +73,7 @@ def table3(setting: Setting) -> Result:
             runs[name, weight] = [CASES[name].variant(at, weight, seed).part(setting) for seed in seeds]
     parts = [part for group in runs.values() for part in group]
     train_parts(parts, setting)
+    judge.measure_all(parts)
     found = {
         (name, weight): over_seeds([judge.measure(part, CASES[name].draws, CASES[name].means) for part in group])
         for (name, weight), group in runs.items()

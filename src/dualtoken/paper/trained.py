@@ -10,7 +10,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -90,7 +89,7 @@ def train_parts(parts: Sequence[Part], setting: Setting) -> list[Path]:
     """Directories of the parts' models, in order; what is not there yet is trained, `setting.processes` at a time."""
     waiting = list({part.key: part for part in parts}.values())
     missing = [part for part in waiting if not (part.folder(setting) / DONE).is_file()]
-    beside = helpers(_train_here, missing[::-1], setting) if len(missing) > 1 else nullcontext()
+    beside = helpers(_train_here, missing[::-1], setting, max(0, min(setting.processes, len(missing)) - 1))
     with tqdm(total=len(waiting), desc="parts", unit="", disable=len(waiting) < 2) as bar, beside:
         while waiting:
             busy = [part for part in waiting if not _train(part, setting)]

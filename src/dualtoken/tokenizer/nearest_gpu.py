@@ -5,6 +5,8 @@ block of them is ever written to memory. Products are of float32 exactness, made
 codes would win; without the tensor cores it takes three times as long (LOG.md).
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -43,8 +45,9 @@ def nearest_codes_gpu(x: Tensor, weight: Tensor) -> Tensor:
     out = torch.empty(len(x), dtype=torch.int64, device=x.device)
     if len(x):
         block = 16 if len(x) < FEW else 64
-        _nearest[(triton.cdiv(len(x), block),)](
-            x, weight, 0.5 * weight.square().sum(1), out, len(x), len(weight), x.shape[1],
-            block, BLOCK_K, max(16, triton.next_power_of_2(x.shape[1])),
-        )  # fmt: skip
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current one
+            _nearest[(triton.cdiv(len(x), block),)](
+                x, weight, 0.5 * weight.square().sum(1), out, len(x), len(weight), x.shape[1],
+                block, BLOCK_K, max(16, triton.next_power_of_2(x.shape[1])),
+            )  # fmt: skip
     return out

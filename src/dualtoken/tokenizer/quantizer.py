@@ -21,6 +21,7 @@ from dualtoken.core.errors import UserError
 
 ROWS = 2**14  # that `encode` takes through all depths at once
 CACHED = 2**20  # distances at once on a CPU, whose cache would not hold more
+WIDEST = 64  # of rows that the kernel takes unasked: it holds them whole
 RUN = 128  # columns among which the least is found first
 
 
@@ -96,7 +97,7 @@ def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks")
 
     Holds at most chunk x K distances, never M x K: blocks that stay in the cache are also the faster way.
     """
-    if x.is_cuda and (search == "triton" or (search == "auto" and kernel_at_hand(x.device))):
+    if x.is_cuda and (search == "triton" or (search == "auto" and x.shape[1] <= WIDEST and kernel_at_hand(x.device))):
         from dualtoken.tokenizer.nearest_gpu import nearest_codes_gpu  # Triton is not on every machine
 
         return nearest_codes_gpu(x, weight)

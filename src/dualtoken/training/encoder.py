@@ -26,7 +26,8 @@ from dualtoken.tokenizer.encoder import (
     tokenize,
     train_text_tokenizer,
 )
-from dualtoken.training.loop import Loop, LoopConfig, OptimConfig, seed_step
+from dualtoken.training.loop import Loop, LoopConfig, seed_step
+from dualtoken.training.optim import OptimConfig
 
 
 class Captioner(nn.Module):

@@ -29,6 +29,7 @@ from dualtoken.mllm.presets import open_mllm
 from dualtoken.mllm.processor import DualTokenProcessor
 from dualtoken.tokenizer.fingerprint import fingerprint
 from dualtoken.tokenizer.presets import open_tokenizer, tokenizer_directory
+from dualtoken.training.adapters import add_adapters, in_full
 from dualtoken.training.loop import Loop, LoopConfig, seed_step
 from dualtoken.training.sharded import gather, load_shards
 from dualtoken.training.stages import STAGES, LoraConfig, Stage, StageOptim, part_of, recompute_activations, set_trained
@@ -242,7 +243,7 @@ def _train_stage(
     if not looks:
         model.vision_tokenizer.drop_tower()  # from here on pictures are codes
     seed_step(seed, 2**32 + number, 0)
-    adapters = _adapters(model.llm, lora) if lora.rank and "llm" in stage.trains else None
+    adapters = add_adapters(model.llm, lora) if lora.rank and "llm" in stage.trains else None
     model.to(run.device)
     if config.gradient_checkpointing:
         recompute_activations(model, stage)
@@ -305,7 +306,7 @@ def _train_stage(
     if run.sharded:
         gather(model, keep=run.main)
     if QUANTIZED in (settings["llm_options"] or {}):
-        model.llm = _in_full(model.llm, whole)
+        model.llm = in_full(model.llm, whole)
     elif adapters is not None and run.main:
         adapters.merge_and_unload()
     place = run.write(lambda draft: _write(model, processor, settings, draft))
@@ -373,28 +374,6 @@ def evaluate(model: nn.Module, held_out: dict[str, list[PackedBatch]], device: t
         for name in outs[0].parts() if drawing else ("text",):
             found[f"{task}_{name}"] = sum(float(o.parts()[name]) for o in outs) / len(outs)
     return {k: v for k, v in found.items() if not math.isnan(v)}
-
-
-def _adapters(llm: nn.Module, lora: LoraConfig) -> Any:
-    """Put low-rank adapters (peft) into the LLM, which stays the object that it is; returns what merges them."""
-    try:
-        import peft
-    except ImportError:
-        raise UserError("--lora.rank needs peft: pip install 'dualtoken[lora]'") from None
-    settings = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets
-    )
-    return peft.LoraModel(llm, settings, "default")
-
-
-def _in_full(llm: nn.Module, whole: str) -> nn.Module:
-    """The LLM with the weights that it had before they were quantised, and what its adapters learnt added to them."""
-    found = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
-    found.generation_config = llm.generation_config
-    for name, module in llm.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            found.get_submodule(name).weight.data += module.get_delta_weight("default").float().cpu()
-    return found
 
 
 def _write(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from dualtoken.core.errors import UserError
-from dualtoken.training.loop import warm_cosine
+from dualtoken.training.optim import warm_cosine
 
 # What can be trained -> names of parameters begin with one of these. The LLM has its embedding and its last layer.
 PARTS: dict[str, tuple[str, ...]] = {

@@ -33,8 +33,9 @@ from dualtoken.tokenizer.tokenizer import (
     reconstruct,
 )
 from dualtoken.training.discriminator import Discriminator, DiscriminatorConfig
-from dualtoken.training.loop import Loop, LoopConfig, OptimConfig, seed_step
+from dualtoken.training.loop import Loop, LoopConfig, seed_step
 from dualtoken.training.losses import LossConfig, discriminator_loss, generator_losses
+from dualtoken.training.optim import OptimConfig
 from dualtoken.training.perceptual import build_perceptual
 
 PARTS = ("backbone", "pixel", "semantic", "decoder", "pixel_encoder")
