@@ -190,13 +190,29 @@ def test_a_recording_is_known_by_all_that_it_holds_on_to():
     assert changes()
     with torch.autocast("cuda", torch.bfloat16):
         assert changes()
-    adapted = peft.LoraModel(model.llm, peft.LoraConfig(r=2, target_modules=["q_proj"]), "default")
+    assert changes() and not changes()
+    with torch.inference_mode():
+        assert changes()
+    assert changes() and not changes()
+    model.llm.train(not model.llm.training)
     assert changes()
+    hook = model.llm.register_forward_hook(lambda *_: None)
+    assert changes()
+    hook.remove()
+    assert changes()
+    adapted = peft.LoraModel(model.llm, peft.LoraConfig(r=2, target_modules=["q_proj"]), "default")
+    assert changes() and not changes()
     adapted.disable_adapter_layers()
     assert changes()
     adapted.enable_adapter_layers()
+    assert changes() and not changes()
+    model.llm.model.layers[0].self_attn.q_proj.set_scale("default", 0.5)
+    assert changes() and not changes()
     adapted.merge_adapter()
     assert changes()
+    other, _ = lively()  # adapters without a scale
+    peft.IA3Model(other.llm, peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "default")
+    assert image.recorded_for(other, config)
 
 
 def test_what_is_kept_is_taken_by_one_alone_and_for_its_key():

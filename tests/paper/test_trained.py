@@ -14,7 +14,7 @@ from dualtoken.paper.trained import Part, identity, merge
 from dualtoken.paper.variants import Taps, Variant
 
 LOOP = {"save_every": 1, "eval_every": 0, "tracker": "none"}
-TINY = ["--budget", "0.1", "--pictures", "50"]
+TINY = ["--budget", "0.1", "--pictures", "50", "--processes", "1"]
 
 
 @pytest.fixture
@@ -71,6 +71,14 @@ def test_table3_and_table10_run_through_and_share_what_they_train(tmp_path, few,
     assert len(ran) == len(CASES)  # all was there
     assert main(["reproduce", "table10", "--out", str(tmp_path), *TINY]) == 0
     assert len(ran) == len(CASES) + 2  # RVQ is row (d)
+    alone = json.loads((tmp_path / "table10.json").read_text())["rows"]
+    for more in (["--again", "true"], ["--seed", "1"]):  # measured anew, and trained, by two processes
+        assert main(["reproduce", "table10", "--out", str(tmp_path), *TINY[:-1], "2", *more]) == 0
+        found = json.loads((tmp_path / "table10.json").read_text())
+        if found["seeds"] == [0]:
+            assert [r["measured"].keys() for r in found["rows"]] == [r["measured"].keys() for r in alone]
+            assert found["rows"][0]["measured"]["psnr"] == pytest.approx(alone[0]["measured"]["psnr"], rel=1e-6)
+    assert len(list((tmp_path / "parts").glob("tokenizer-*/done.json"))) > len(CASES) + 2
 
 
 @pytest.mark.parametrize(("spread", "words"), [(0.1, ("Shown", "The reverse")), (2.0, ("Not decided", "Not decided"))])

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from transformers import LlamaModel, Qwen2Model
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from dualtoken.generation.context import Model
 from dualtoken.generation.llm_cache import FixedContext
@@ -178,10 +180,12 @@ def plain_layers(model: Model) -> bool:
 def _plain(layer: nn.Module, kind: torch.dtype) -> bool:
     """A layer of such weights, with biases at most behind queries, keys, values."""
     attention, mlp = layer.self_attn, layer.mlp
+    norms = layer.input_layernorm, layer.post_attention_layernorm
     three = attention.q_proj, attention.k_proj, attention.v_proj
     bare = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
     return (
-        all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in (*three, *bare))
+        all(type(m) in (LlamaRMSNorm, Qwen2RMSNorm) for m in norms)
+        and all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in (*three, *bare))
         and all(m.weight.dtype is kind and m.weight.is_contiguous() for m in (*three, *bare))
         and len({m.bias is None for m in three}) == 1
         and all(m.bias is None for m in bare)

@@ -225,7 +225,7 @@ class Keep:
 
 
 def kept_by(model: Model) -> Keep:
-    """What a model keeps; `kept_by(model).take(())` frees the room of the last recorded drawing."""
+    """What a model keeps; `kept_by(model).take(())`, then gc.collect(), frees the room of the last recorded drawing."""
     return vars(model).setdefault("_recorded", Keep())
 
 
@@ -233,10 +233,12 @@ def recorded_for(model: Model, config: DrawConfig) -> tuple:
     """What a recording holds on to, as it is now: settings, addresses of weights, adapters at work, torch's mode."""
     adapters = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     return (
-        repr(config), model.config.output, model.training,
+        repr(config), model.config.output, model.llm.config._attn_implementation,
+        tuple((m.training, *m._forward_hooks, *m._forward_pre_hooks) for m in model.modules()),
         torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_inference_mode_enabled(),
         tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers())),
-        tuple((m.disable_adapters, *m.active_adapters, *m.merged_adapters, *m.scaling.items()) for m in adapters),
+        tuple((m.disable_adapters, *m.active_adapters, *getattr(m, "merged_adapters", ()),
+               *getattr(m, "scaling", {}).items()) for m in adapters),
     )  # fmt: skip
 
 
@@ -259,7 +261,8 @@ def drawing_of(
     else:
         drawing = Drawing(model, rows, copies, deepcopy(config), seeds)
         step = steps_of(drawing)
-    return drawing, step, lambda: keep.put(key, drawing, step)
+    kept = not torch.is_autocast_enabled("cuda")  # whose 16-bit copies of weights do not outlive it
+    return drawing, step, lambda: keep.put(key, drawing, step) if kept else None
 
 
 @torch.no_grad()

@@ -147,7 +147,7 @@ class Experiment:
     Args:
         claim: what the paper says of it, in our words.
         make: does the work; pictures are written into `Setting.out`.
-        minutes: of the miniature on two cores, about.
+        minutes: of the miniature on two cores where nothing is trained yet, about.
         needs: of `OPTIONS`, what full scale needs.
         wants: which data and weights these are in the paper.
         also, mini: of `OPTIONS`, what full scale takes too, and what the miniature takes.

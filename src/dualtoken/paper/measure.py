@@ -23,7 +23,7 @@ from dualtoken.eval.reconstruction import evaluate_reconstruction, inception_dis
 from dualtoken.eval.zero_shot import Embed, accuracy, class_vectors, embed_texts, quantized_embed, retrieval
 from dualtoken.paper.experiment import SPREAD, Setting
 from dualtoken.paper.side_by_side import helpers
-from dualtoken.paper.trained import Part, digest, remembered
+from dualtoken.paper.trained import Part, digest, remembered, stale
 from dualtoken.tokenizer.presets import open_tokenizer
 from dualtoken.tokenizer.pretrained import open_image_text
 
@@ -85,7 +85,7 @@ class Judge:
 
     def measure_all(self, parts: Sequence[Part]) -> None:
         """Measure trained parts that have not been, `Setting.processes` at a time; `measure` then finds it."""
-        missing = [part for part in parts if not self._place(part).is_file()]
+        missing = [part for part in parts if stale(self._place(part), self.setting)]
         number = min(self.setting.processes, len(missing)) - 1
         with helpers(_measure_here, (self.name, missing[::-1]), self.setting, max(0, number)):
             for part in missing:

@@ -56,7 +56,7 @@ EXPERIMENTS = {
     ),
     "table3": Experiment(
         paper_table("table3").title, "one codebook for both objectives collapses, two at two layers beat either alone",
-        table3, 30, ("data", "train_data", "encoder"), f"{TRAINED} and google/siglip-so400m-patch14-384 (--encoder)",
+        table3, 32, ("data", "train_data", "encoder"), f"{TRAINED} and google/siglip-so400m-patch14-384 (--encoder)",
         **MEASURING,
     ),
     **{
@@ -65,14 +65,14 @@ EXPERIMENTS = {
             f"{TRAINED} and one of the backbones (--encoder); {APART}", **MEASURING,
         )
         for id, claim, make, minutes in (
-            ("table7", "the first quarter of the layers is the place for pixels, deeper ones are worse", table7, 18),
-            ("table8", "so it is for backbones of any size", table8, 1),
-            ("table9", "a layer more or less near the first quarter changes little", table9, 5),
+            ("table7", "the first quarter of the layers is the place for pixels, deeper ones are worse", table7, 25),
+            ("table8", "so it is for backbones of any size", table8, 25),
+            ("table9", "a layer more or less near the first quarter changes little", table9, 25),
         )
     },
     "table10": Experiment(
         paper_table("table10").title, "with UniTok's quantizer, MCQ, dual codes are better still",
-        table10, 4, ("data", "train_data", "encoder"), f"{TRAINED} and ViTamin-L/16-256 (--encoder)",
+        table10, 7, ("data", "train_data", "encoder"), f"{TRAINED} and ViTamin-L/16-256 (--encoder)",
         **MEASURING,
     ),
     **{
@@ -81,13 +81,13 @@ EXPERIMENTS = {
                        mini=("weights",) if id == "table12" else ())
         for id, title, claim, make, minutes, tools in (
             ("table2", paper_table("table2").title, "an LLM understands more through an encoder trained for meaning",
-             table2, 28, "lmms-eval"),
+             table2, 17, "lmms-eval"),
             ("table4", paper_table("table4").title, "pixel codes beside the semantic ones help understanding",
-             table4, 28, "lmms-eval"),
+             table4, 12, "lmms-eval"),
             ("table5", paper_table("table5b").title, "drawing both codes follows prompts better than pixel codes alone",
-             table5, 20, "lmms-eval and GenAI-Bench"),
+             table5, 14, "lmms-eval and GenAI-Bench"),
             ("table6", paper_table("table6").title, "one tokenizer draws better than two separate encoders",
-             table6, 25, "MJHQ-30K"),
+             table6, 16, "MJHQ-30K"),
             ("table12", paper_table("table12").title, "competitive on GenEval and WISE", table12, 2,
              "GenEval and WISE"),
         )
@@ -97,7 +97,7 @@ EXPERIMENTS = {
         "a multimodal model (--weights), measured on this device", mini=("weights",), multimodal=True, alone=True,
     ),
     "fig5": Experiment(
-        paper_figure("fig5").title, paper_figure("fig5").claim, figure5, 1, ("weights", "baseline", "data"),
+        paper_figure("fig5").title, paper_figure("fig5").claim, figure5, 14, ("weights", "baseline", "data"),
         "two multimodal models, one that draws both codes (--weights) and one of pixel codes alone (--baseline, "
         "trained with --model.output pixel), and prompts, one a line (--data FILE): the first 8, or --pictures",
         full=figure5_of_models, ready=figure5_prompts, multimodal=True,
@@ -112,7 +112,7 @@ EXPERIMENTS = {
         f"{IMAGENET} and google/siglip-so400m-patch14-384 (--encoder)", mini=("data", "encoder"),
     ),
     "fig7": Experiment(
-        paper_figure("fig7").title, paper_figure("fig7").claim, figure7, 8, ("data", "encoder"),
+        paper_figure("fig7").title, paper_figure("fig7").claim, figure7, 16, ("data", "encoder"),
         f"{IMAGENET} and one of the backbones (--encoder); {APART}", mini=("data", "encoder"),
     ),
     "fig8": Experiment(
@@ -191,7 +191,8 @@ def reproduce(
              ", ".join(e.missing(own[name])) or "-")
             for name, e in EXPERIMENTS.items()
         ]  # fmt: skip
-        print(table(("id", "miniature", f"in {output}", "missing here"), rows))
+        print(table(("id", "miniature, alone", f"in {output}", "missing here"), rows))
+        print(f"\nOn two cores, about; `all` trains what tables share once: {2 * budget / BUDGET:.2g} hours.")
         for name, e in EXPERIMENTS.items():
             print(f"\n{name}: {e.title}\n    --scale full needs {e.wants}")
         return
@@ -242,9 +243,9 @@ def _refuse_unknown(setting: Setting, own: dict[str, Setting]) -> None:
     for name in OPTIONS:
         given, taken = getattr(setting, name), [getattr(one, name) for one in own.values()]
         if isinstance(given, dict):
-            known = {model for one in taken for model in one or ()}
-            if not known:
+            if setting.scale == "mini":
                 raise UserError(f"--{name}: no table takes it in miniature")
+            known = {model for experiment in EXPERIMENTS.values() for model in experiment.models}
             if unknown := [model for model in given if model not in known]:
                 raise UserError(f"--{name} {unknown[0]}=...: no table has a model of that name")
         elif given is not None and given not in taken:

@@ -120,7 +120,7 @@ def minutes(parts: Sequence[Part], setting: Setting) -> dict[str, float]:
 def remembered(place: Path, setting: Setting, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured before and is kept in a JSON file, or is measured now; its commit goes to `setting.made`."""
     with FileLock(f"{place}.lock"):  # another process that wants the same waits for it
-        if not place.is_file() or (setting.again and json.loads(place.read_text()).get("at", 0.0) < setting.since):
+        if stale(place, setting):
             kept = {"commit": version(), "at": time.time(), "found": make()}
             with whole_or_not_at_all(place) as draft:
                 draft.write_text(json.dumps(kept, indent=1))
@@ -129,6 +129,11 @@ def remembered(place: Path, setting: Setting, make: Callable[[], dict[str, Any]]
         return kept
     setting.made.add(kept["commit"])
     return kept["found"]
+
+
+def stale(place: Path, setting: Setting) -> bool:
+    """Whether what a file keeps has to be measured: it is not there, or was before a run with `again`."""
+    return not place.is_file() or (setting.again and json.loads(place.read_text()).get("at", 0.0) < setting.since)
 
 
 def merge(written: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class QuantizerConfig:
             vector of the batch; 0 = never.
         chunk: rvq, mcq, simvq: rows whose distances to all K codes are held at once; on a CPU fewer of a large K.
         search: rvq, mcq, simvq, on a GPU: "blocks" of `chunk` rows, or "triton", one kernel that holds no distances
-            (`nearest_gpu.py`); "auto" takes the kernel where Triton is and the GPU has the units for it. CPUs always
-            take blocks.
+            (`nearest_gpu.py`); "auto" takes the kernel for rows of at most 64 numbers where Triton is and the GPU has
+            the units for it. CPUs always take blocks.
         levels: residual_fsq: values of each of its numbers; default: found between 3 and 8, large ones first.
         entropy_weight: mcq, residual_lfq: of `entropy_loss`, which is added to the codebook loss; 0 = none.
         entropy_temperature: mcq, residual_lfq: of the softmax in it.
