@@ -37,7 +37,8 @@ def test_an_experiment_is_shown_with_its_pictures_and_the_papers_numbers(tmp_pat
     result = {
         "id": "fig3", "title": "Layers", "claim": "runs", "scale": "full", "data": "imagenet", "seeds": [0],
         "commit": "abc", "hardware": "a machine", "minutes": 1.5, "budget": 30.0, "findings": ["it does"],
-        "rows": [{"name": "a", "measured": {"runs": 3}, "paper": {"runs": 2}, "scale": "full"}], "pictures": {"map.png": "the map"},
+        "rows": [{"name": "a", "measured": {"runs": 3}, "paper": {"runs": 2}, "scale": "full"}],
+        "pictures": {"map.png": "the map"},
     }  # fmt: skip
     (tmp_path / "fig3.json").write_text(json.dumps(result))
     assert main(["report", str(tmp_path / "fig3.json"), "--output", str(tmp_path / "r.html")]) == 0
