@@ -5,7 +5,7 @@ import sys
 import pytest
 import yaml
 
-from dualtoken.cli import COMMANDS, RECIPES, Command, main
+from dualtoken.cli import COMMANDS, RECIPES, Command, main, run
 
 
 def commands(table=COMMANDS, path=()):
@@ -70,3 +70,18 @@ def test_shipped_recipes_are_accepted(recipe, tmp_path, capsys):
     wrong = [command, "--config", recipe.stem, "--output", str(tmp_path), missing, str(tmp_path / "nowhere")]
     assert main(wrong) == 2  # every key is read before the data, or the tokenizer, is missed
     assert missing.lstrip("-") in capsys.readouterr().err
+
+
+def test_the_installed_command_leaves_the_other_processes_at_its_end(monkeypatch, tmp_path, capsys):
+    """Torch's threads that live when Python ends may abort the process after all its work is done."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(sys, "argv", ["dualtoken", "--version"])
+        with pytest.raises(SystemExit, match="0"):
+            run()
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

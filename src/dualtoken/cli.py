@@ -214,11 +214,20 @@ def run() -> None:
     """The installed `dualtoken`. Quiet where what reads its output stops reading (`dualtoken info | head`)."""
     try:
         status = main()
+        if status == 0:
+            _leave_the_others()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         status = 1
     sys.exit(status)
+
+
+def _leave_the_others() -> None:
+    """End what processes talk over while Python is whole: torch's threads that are ended with it may abort."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _run(arguments: list[str]) -> int:

@@ -263,7 +263,6 @@ def encode_shards(jobs: Sequence[Job], output: str, config: BulkConfig) -> None:
     print(who + report(summaries, output, len(share) - len(waiting)))
     if state.num_processes == 1:
         check_any(summaries)
-    state.destroy_process_group()
 
 
 def report(summaries: Sequence[dict[str, Any]], output: str, before: int) -> str:
