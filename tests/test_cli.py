@@ -51,6 +51,7 @@ def test_every_command_explains_its_options(path, command, capsys):
         ),
         (["demo", "--image", "nowhere.jpg"], "--image nowhere.jpg: no such file or folder"),
         (["demo", "--model", "elsewhere"], "the demo needs a preset"),
+        (["data", "scenes", "/dev/null/x"], "Not a directory"),
     ],
 )
 def test_mistakes_are_one_line_with_status_2(arguments, words, capsys):

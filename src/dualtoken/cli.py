@@ -202,7 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(arguments)
-    except UserError as error:
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:  # the other kind: a full disk, no permission, a file for a folder
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -72,6 +72,31 @@ def test_mistakes_name_the_option(name, options, words):
         plan(name, **options)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "no YAML"),
+        ("vision_tokenizer: mini\nrecipe: {'1': {trains: {projektor: 1.0}, batch_size: 8, mixture: {}}}", "projektor;"),
+        ("vision_tokenizer: mini\nrecipe: {'1': {batch: 8}}", "its stages .* cannot be read: .*'batch'"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(text, words, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        plan(str(tmp_path / "recipe.yaml"))
+
+
+def test_recipes_that_read_pictures_hold_the_vision_tower(recipe):
+    weights = {}
+    for kind in ("codes", "folder"):
+        data = tiny.mllm_recipe()["data"] | {"sources": [{"format": kind, "path": "x"}]}
+        weights[kind] = plan(recipe(data=data))["stages"]["1"]["weights"]
+    tower = tiny.tokenizer()
+    held = [part for branch in (tower.pixel, tower.semantic) for part in (branch.quantizer, branch.post)]
+    size = [sum(p.numel() for module in modules for p in module.parameters()) for modules in ([tower], held)]
+    assert weights["folder"] - weights["codes"] == 4 * (size[0] - size[1]) > 0
+
+
 def test_an_llm_that_is_not_here_needs_a_shape(recipe):
     with pytest.raises(UserError, match="llm some/llm: no such directory; give its sizes as --shape"):
         plan(recipe(llm="some/llm"))

@@ -16,6 +16,7 @@ from dualtoken.core.errors import UserError
 from dualtoken.core.images import fit_image, image_bytes, read_image
 from dualtoken.data.chat import Picture
 from dualtoken.data.sources import FORMATS, Skipped, SourceConfig, open_source
+from dualtoken.training.health import Skipped as Counted
 
 SIZE = 8
 
@@ -274,7 +275,7 @@ def test_llava_conversations(tmp_path, pictures, kind):
     ]  # fmt: skip
     assert [s.task for s in samples] == ["vqa", "vqa", "text", "vqa"]
     assert torch.equal(samples[1].pictures[1].image, pixels(encoded(2)))
-    wanted = ("places for 2 pictures, there are 1", "coco/9.png: no such file", "a turn of 'robot'")
+    wanted = ("places for 2 pictures, there are 1", "coco/9.png: no such file", "words ('robot': 'beep')")
     assert len(skipped) == 3 and all(w in line for w, line in zip(wanted, skipped, strict=True))
 
 
@@ -283,6 +284,24 @@ def test_a_list_that_is_cut_off_gives_what_is_before_the_cut(tmp_path, pictures)
     (tmp_path / "mix.json").write_text(text[: text.index('"id": "3"')])
     samples, skipped = read(SourceConfig("llava", str(tmp_path / "mix.json"), images=str(pictures)))
     assert len(samples) == 2 and "damaged behind 2 records" in skipped[0]
+
+
+def test_whatever_a_conversation_holds_stops_nothing(tmp_path):
+    """Turns of other kinds are told as one kind of error; an empty name is no picture; folders keep their pictures."""
+    good = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "a star"}]
+    for i, name in enumerate("ab"):
+        turns = [[{"from": ["human"], "value": "a"}], [{"from": "tool", "value": f"word {i}"}], good]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.png").write_bytes(encoded(i))
+        shown = [{"image": "p.png", "conversations": good}, {"image": "", "conversations": good}]
+        text = json.dumps([{"conversations": t} for t in turns] + shown)
+        (tmp_path / name / "chats.json").write_text("\n \n" + text)
+    samples, skipped = read(SourceConfig("llava", f"{tmp_path}/{{a,b}}/chats.json"))
+    assert [len(s.pictures) for s in samples] == [0, 1, 0] * 2 and len(skipped) == 4
+    kinds = Counted()
+    assert [kinds.add(line) for line in skipped] == [1, 2, 3, 4] and len(kinds.kinds) == 1
+    shown = [s.pictures[0] for s in samples if s.pictures]
+    assert all(torch.equal(picture.image, pixels(encoded(i))) for i, picture in enumerate(shown))
 
 
 def test_conversations_of_roles_and_parts(tmp_path, pictures):
@@ -370,6 +389,8 @@ def test_plain_text_is_told_and_cut(tmp_path):
 
 def test_mistakes_name_the_option(tmp_path):
     (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/metadata.jsonl").write_text("{}")
     for config, message in (
         (SourceConfig("wds", "x"), "unknown format 'wds'; the formats are webdataset, folder"),
         (SourceConfig("webdataset", "nowhere/{0..3}.tar"), "no file nowhere/0.tar"),
@@ -379,6 +400,9 @@ def test_mistakes_name_the_option(tmp_path):
         (SourceConfig("llava", f"{tmp_path}/a.json", columns={"picture": "x"}), "unknown columns picture"),
         (SourceConfig("llava", f"{tmp_path}/a.json", images="nowhere"), "no folder nowhere"),
         (SourceConfig("folder", f"{tmp_path}/a.json", task="text_to_image", prompts=["draw"]), "no {} where"),
+        (SourceConfig("codes", str(tmp_path), task="text_to_image", prompts=["draw"]), "no {} where"),
+        (SourceConfig("folder", str(tmp_path), captions=[]), "captions are empty"),
+        (SourceConfig("folder", str(tmp_path)), f"metadata.jsonl tells of pictures; give {tmp_path}/train as path"),
         (SourceConfig("folder", f"{tmp_path}/a.bin"), "no file .*a.bin"),
     ):
         with pytest.raises(UserError, match=rf"--data.sources.*{message}"):

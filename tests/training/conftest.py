@@ -57,8 +57,8 @@ def cut(monkeypatch):
     def begin():
         record = Loop.log
 
-        def stop(self, step, values, skipped=None):
-            record(self, step, values, skipped)
+        def stop(self, step, values):
+            record(self, step, values)
             if step == 2:
                 raise RuntimeError("power cut")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dualtoken.core.errors import UserError
-from dualtoken.training.health import MOST_SKIPPED, Pace, Skipped, collapsed
+from dualtoken.training.health import MOST_KINDS, MOST_SKIPPED, Pace, Skipped, collapsed
 from dualtoken.training.loop import Loop, LoopConfig
 
 NAN = {"mse": torch.tensor(1.0), "pooled": torch.tensor(float("nan"))}
@@ -47,12 +47,25 @@ def test_what_is_skipped_is_counted_by_kind_in_the_log(loop, tmp_path):
         "c.jpg: 20 x 9 pixels, more than 1,000",
     ]
     for step in run.run():
-        run.log(step, {"loss": 1.0}, lines if step == 2 else None)
+        run.skip(lines if step == 2 else ())
+        run.log(step, {"loss": 1.0})
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert "skipped" not in logged[1]
     assert logged[-1]["skipped"] == {"damaged picture": 1, "N x N pixels, more than N": 2}
     assert {"steps_per_s", "samples_per_s", "waiting", "minutes_left"} <= set(logged[0])
-    assert Skipped().add("no reason at all") == 1
+    skipped = Skipped()
+    assert skipped.add("no reason at all") == 1
+    for word in "abcdefghijklmnopqrstuvwxyz":
+        for other in "abc":
+            skipped.add(f"x: {word}{other}")
+    assert len(skipped.kinds) == MOST_KINDS + 1 and skipped.kinds["other errors"] == 79 - MOST_KINDS
+
+
+@pytest.mark.parametrize(("option", "value"), [("keep", 0), ("accumulate", 0), ("save_every", -1)])
+def test_numbers_that_would_lose_a_run_are_refused(option, value):
+    """Of states of which none is kept, a run would say that it goes on from them."""
+    with pytest.raises(UserError, match=f"--loop.{option} {value}: give at least {value + 1}"):
+        LoopConfig(**{option: value})
 
 
 def test_a_part_that_is_not_finite_stops_or_skips_its_step(loop, capsys):

@@ -144,8 +144,8 @@ def test_which_stages_are_asked_for_is_no_other_setting(tmp_path, start, monkeyp
     stages = recipe("1") | recipe("2")
     record = Loop.log
 
-    def stop(self, step, values, skipped=None):
-        record(self, step, values, skipped)
+    def stop(self, step, values):
+        record(self, step, values)
         if self.output.name == "stage-2" and step == 2:
             raise RuntimeError("power cut")
 

@@ -3,20 +3,25 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dualtoken.cli import main
 from dualtoken.core.checkpoint import latest_state
+from dualtoken.data.images import DataConfig, StepBatches, open_source
+from dualtoken.data.tar_shards import add_file
 from dualtoken.tokenizer.presets import open_tokenizer
 from dualtoken.training.loop import Loop, LoopConfig
 from dualtoken.training.optim import OptimConfig
 from dualtoken.training.tokenizer import set_trained
 from tests import tiny
+from tests.data.test_images import write_shard
 from tests.tokenizer.test_joined import joined
 
 
@@ -137,6 +142,27 @@ def test_accumulated_batches_learn_and_other_settings_refuse_to_resume(tmp_path,
     assert "has another optim" in capsys.readouterr().err
     assert main([*write(tmp_path, loop=loop), "--resume", "never"]) == 2
     assert "--resume auto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_shards_that_are_cut_off_and_pictures_that_are_damaged_are_counted(precision, request, tmp_path, capsys):
+    """In every accumulated batch of a step."""
+    write_shard(tmp_path / "whole.tar", ["a", "b", "c"])
+    write_shard(tmp_path / "cut.tar", ["d", "e", "f"], cut=10_000)  # inside the second picture
+    (tmp_path / "more").mkdir()
+    with tarfile.open(tmp_path / "more/bad.tar", "w") as tar:
+        add_file(tar, "g.png", b"no picture")
+    AcceleratorState._reset_state()  # it takes one precision for all of a process
+    request.addfinalizer(AcceleratorState._reset_state)
+    loop = tiny.recipe()["loop"] | {"accumulate": 2, "precision": precision}
+    data = tiny.recipe()["data"] | {"source": str(tmp_path)}
+    assert main(write(tmp_path, loop=loop, data=data)) == 0
+    said, (last,) = capsys.readouterr().out, log(tmp_path)[-2:-1]
+    assert "skipped: " + str(tmp_path / "cut.tar") + ": cut off or damaged" in said
+    steps = range(sum(phase["steps"] for phase in tiny.recipe()["phases"]) * 2)
+    batches = StepBatches(open_source(DataConfig(str(tmp_path)), 16), data["batch_size"], 0)
+    bad = sum(len(batches[step].skipped) for step in steps)
+    assert sum(last["skipped"].values()) == bad + 1 and bad > len(steps) / 2
 
 
 def test_not_a_number_stops_with_step_part_and_last_good_state(tmp_path, capsys):

@@ -48,6 +48,11 @@ class BulkConfig:
     workers: int = 4
     precision: Precision = "no"
 
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: give at least {least}")
+
 
 class Job(NamedTuple):
     """A shard of pictures and the shard of codes to make of it."""

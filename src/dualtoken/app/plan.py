@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2Config
 
 from dualtoken.core.errors import UserError
 from dualtoken.data.code_shards import CodeFormat
+from dualtoken.data.sources import CODES
 from dualtoken.eval.report import table, write_json
 from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, SmallLLMConfig, model_config
@@ -47,7 +48,15 @@ class Recipe:
     @property
     def stages(self) -> dict[str, Stage]:
         """By name; those of Table 13 unless the recipe has its own."""
-        return {name: Stage(**stage) for name, stage in self.part("recipe", default={}).items()} or STAGES
+        try:
+            return {name: Stage(**stage) for name, stage in self.part("recipe", default={}).items()} or STAGES
+        except (AttributeError, TypeError) as error:  # no mapping, an unknown key or a missing one
+            raise UserError(f"RECIPE: its stages (`recipe`) cannot be read: {error}") from None
+
+    @property
+    def looks(self) -> bool:
+        """Whether pictures are read in training, which takes the vision tower; else all are stored codes."""
+        return any(source.get("format") != CODES for source in self.part("data", "sources", default=()))
 
 
 def plan(
@@ -96,7 +105,7 @@ def plan(
         memory = stage_memory(
             model, one, _batch(model, one, samples, text, length), read.part("lora", "rank", default=0),
             read.part("loop", "gradient_checkpointing", default=False), read.part("loop", "precision", default="no"),
-            devices, split,
+            devices, split, read.looks,
         )  # fmt: skip
         parts = [memory.weights, memory.gradients, memory.moments, memory.activations, memory.logits, memory.total]
         work = _operations(model, one, tokens) * one.batch_size * one.steps
@@ -127,7 +136,10 @@ def _open(recipe: str) -> tuple[Path, Recipe]:
     path = Path(recipe) if Path(recipe).is_file() else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         raise UserError(f"RECIPE {recipe}: no such file or recipe; shipped for train-mllm: {', '.join(_shipped())}")
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"RECIPE {recipe}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or "vision_tokenizer" not in content:
         raise UserError(f"RECIPE {recipe}: no recipe of train-mllm (it names no vision_tokenizer); `dualtoken info` "
                         "tells what a tokenizer takes")  # fmt: skip

@@ -15,7 +15,7 @@ from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.core.images import ImageError, fit_image, image_bytes, read_image, to_bytes, to_picture
-from dualtoken.data.code_shards import HEADER, CodeSample, CodeShard
+from dualtoken.data.code_shards import HEADER, CodeSample, CodeShard, DamagedShard
 from dualtoken.data.scenes import Scenes
 from dualtoken.data.tar_shards import Skipped, TarIndex, add_file, find_shards, index_tar
 from dualtoken.eval.report import table
@@ -154,13 +154,22 @@ def decode_shards(path: str, writer, tokenizer: DualTokenVisionTokenizer, batch_
     found = find_shards(path, "PATH")
     if not found:
         raise UserError(f"PATH {path}: no tar in it; give a file or shards written by `dualtoken encode`")
-    shards = {name.removesuffix(".tar"): CodeShard(shard, "PATH") for name, shard in found.items()}
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: give at least 1")
+    shards = {}
+    for name, shard in found.items():
+        try:
+            shards[name.removesuffix(".tar")] = CodeShard(shard, "PATH")
+        except DamagedShard as error:
+            print(f"skipped: {error}")
+    if not shards:
+        raise UserError(f"PATH {path}: none of its {len(found)} shards can be read")
     mark, count = fingerprint(tokenizer), 0
     for shard in shards.values():
         shard.check_tokenizer(mark)
     with tqdm(desc="pictures", total=sum(map(len, shards.values())), disable=None) as progress:
         for name, shard in shards.items():
-            prefix = f"{name}/" if len(shards) > 1 else ""
+            prefix = f"{name}/" if len(found) > 1 else ""
             for samples in _batched(_usable(shard), batch_size):
                 codes = DualCodes.cat([sample.codes for sample in samples]).to(tokenizer.device)
                 places = writer.write(tokenizer.decode(codes), [prefix + sample.key for sample in samples])

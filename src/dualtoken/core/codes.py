@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dualtoken.core.checkpoint import disk_errors
 from dualtoken.core.errors import UserError
 
 
@@ -39,13 +40,17 @@ class DualCodes:
         return DualCodes(torch.cat([p.pixel for p in parts]), torch.cat([p.semantic for p in parts]))
 
     def save(self, path: str | Path, names: list[str] | None = None) -> None:
-        """Write as uint16 safetensors, with the names of the images. Raises UserError for a code above 65535."""
+        """Write as uint16 safetensors, with the names of the images.
+
+        Raises UserError for a code above 65535, OSError where it cannot be written.
+        """
         tensors = {"pixel": self.pixel, "semantic": self.semantic}
         for name, codes in tensors.items():
             if codes.numel() and int(codes.max()) > 65535:
                 raise UserError(f"{name} codes reach {int(codes.max())}; 16 bits hold codebooks of up to 65536 rows")
         metadata = {"format": "dualtoken-codes-1", "names": "\n".join(names or [])}
-        save_file({k: v.to(torch.uint16).contiguous().cpu() for k, v in tensors.items()}, path, metadata)
+        with disk_errors():
+            save_file({k: v.to(torch.uint16).contiguous().cpu() for k, v in tensors.items()}, path, metadata)
 
     @staticmethod
     def load(path: str | Path) -> "tuple[DualCodes, list[str]]":

@@ -1,5 +1,6 @@
 """What the code needs to know about other processes; every function is a no-op on one process."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -50,6 +51,14 @@ def mean_parts(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
     """True everywhere where it is true on one process. `device`: one that the process group can send from."""
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
+
+
+def add_counts(counts: Counter[str]) -> Counter[str]:
+    """The counts of all processes together."""
+    found: list = [counts] * world_size()
+    if is_distributed():
+        dist.all_gather_object(found, counts)
+    return sum(found, Counter())
 
 
 def on_main(action: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ import atexit
 import itertools
 import multiprocessing.util
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from dualtoken.data.tar_shards import Place, find_shards, index_tar
 
 # Photographs in scikit-image's wheel, color first
 NOWHERE = Place(-1, -1)
+DIGITS = 6  # of a class's number in a shard
 PHOTOGRAPHS = (
     "astronaut.png",
     "chelsea.png",
@@ -84,10 +85,14 @@ class DataConfig:
 
 
 class Source(Protocol):
-    """Pictures by number. `endless` sources have no length; a file that cannot be read raises ImageError."""
+    """Pictures by number. `endless` sources have no length; a file that cannot be read raises ImageError.
+
+    damaged: parts of the source that are lost as a whole, "NAME: reason" each.
+    """
 
     endless: bool
     classes: tuple[str, ...]
+    damaged: Sequence[str]
 
     def __getitem__(self, index: int) -> Sample: ...
 
@@ -96,6 +101,7 @@ class ImageFolder:
     """Pictures below a folder, sorted by path; the first level of subfolders, if any, gives the labels."""
 
     endless = False
+    damaged = ()
 
     def __init__(self, path: str | Path, size: int, option: str = "--data.source"):
         self.root, self.size = Path(path), size
@@ -145,7 +151,7 @@ class Shards:
         for number, shard in enumerate(self.shards):
             index = index_tar(shard)
             if index.damage:
-                self.damaged.append(str(shard))
+                self.damaged.append(f"{shard}: {index.damage}")
             found = [sample for sample in index.samples if sample.picture]
             if not found:
                 continue
@@ -170,9 +176,9 @@ class Shards:
             return place.read(opened)
 
     def _label(self, index: int) -> int:
-        """The class of a sample, -1 where there is none that is a number."""
+        """The class of a sample, -1 where there is none that is a number; one of more digits is no class's."""
         found = self._read(index, 2).strip()
-        return int(found) if found.isdigit() else -1
+        return int(found) if found.isdigit() and len(found) <= DIGITS else -1
 
     def __len__(self) -> int:
         return len(self.numbers)

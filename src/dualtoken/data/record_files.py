@@ -103,11 +103,12 @@ def json_records(path: str, wanted: set[str]) -> Iterator[Entry]:
     opened = gzip.open if path.lower().endswith(".gz") else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
-            first = file.readline()
+            lines = enumerate(file)
+            start, first = next(((n, line) for n, line in lines if line.strip()), (0, ""))
             if first.lstrip().startswith("["):
                 yield from _listed(first + file.read(), path)
                 return
-            for number, line in enumerate(itertools.chain([first], file)):
+            for number, line in itertools.chain([(start, first)], lines):
                 if line.strip():
                     yield _line(line, number, path)
     except (OSError, EOFError, zlib.error) as error:

@@ -188,7 +188,7 @@ def _told(parts: tuple[str | Picture, ...], task: str, name: str, config: Source
 def _chat(turns: list[Any], images: Any, name: str, read: PictureReader) -> ChatSample:
     """Turns with as many pictures as there are; those that no mark stands for open the user's first turn."""
     listed = images if isinstance(images, list) else [images]
-    pictures = [read(image, f"{name}/{i}") for i, image in enumerate(x for x in listed if x is not None)]
+    pictures = [read(image, f"{name}/{i}") for i, image in enumerate(x for x in listed if x not in (None, ""))]
     said = [_turn(turn, name) for turn in turns]
     while said and said[-1][0] != "assistant":  # nothing would be learnt of it
         said.pop()
@@ -222,8 +222,8 @@ def _turn(turn: Any, name: str) -> tuple[Any, str]:
     if isinstance(text, list):
         parts = [part if isinstance(part, dict) else {} for part in text]
         text = "".join("<image>" if part.get("type") == "image" else str(part.get("text") or "") for part in parts)
-    if role not in ROLES or not isinstance(text, str) or not text.strip():
-        raise UserError(f"{name}: a turn of {role!r} with {text!r}: it needs one of {', '.join(ROLES)}, and words")
+    if not isinstance(role, str) or role not in ROLES or not isinstance(text, str) or not text.strip():
+        raise UserError(f"{name}: a turn needs one of {', '.join(ROLES)}, and words ({role!r}: {str(text)[:80]!r})")
     return ROLES[role], text
 
 

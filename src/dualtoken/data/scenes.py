@@ -210,6 +210,7 @@ class Scenes:
     """
 
     endless = True
+    damaged = ()
     classes = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 
     def __init__(self, size: int, split: str = "train", seed: int = 0):

@@ -99,12 +99,13 @@ class Files:
         parts = max(1, config.parts)
         self._places = {_part(file, k, parts): (file, k, parts) for file in files for k in range(parts)}
         self.shards = list(self._places)
-        folder = config.images or str(Path(files[0]).parent)
-        self._pictures = PictureReader(size, folder, config.name or folder)
+        folders = dict.fromkeys(config.images or str(Path(file).parent) for file in files)
+        self._pictures = {folder: PictureReader(size, folder, config.name or folder) for folder in folders}
 
     def read(self, shard: str) -> Iterator[ChatSample | Skipped]:
         """Chats of a shard in order. Raises UserError for a shard that is not one of `shards`."""
-        yield from _chats(self._records(shard), self.format.convert, self._pictures, self.config)
+        folder = self.config.images or str(Path(_place(self._places, shard)[0]).parent)
+        yield from _chats(self._records(shard), self.format.convert, self._pictures[folder], self.config)
 
     def _records(self, shard: str) -> Iterator[Entry]:
         """Every parts-th record of a file, called by source, file and key."""
@@ -189,18 +190,21 @@ def open_source(config: SourceConfig, size: int, tokenizer: str | None = None) -
     Args: tokenizer: fingerprint that stored codes must be of; None = any.
     Raises UserError, naming `--data.sources`, for an unknown format or option, and where there is no file.
     """
-    if config.format == CODES:  # shards that `dualtoken encode` wrote
-        return CodeShards(config.path, config.task, config.prompts, tokenizer, OPTION)
-    if config.format not in FORMATS:
+    codes = config.format == CODES  # shards that `dualtoken encode` wrote
+    if config.format not in FORMATS and not codes:
         raise UserError(f"{OPTION}: unknown format {config.format!r}; the formats are {', '.join([*FORMATS, CODES])}")
     if config.task not in TASKS:
         raise UserError(f"{OPTION} {config.path}: unknown task {config.task!r}; the tasks are {', '.join(TASKS)}")
     if unknown := [name for name in config.columns if name not in FIELDS]:
         raise UserError(f"{OPTION} {config.path}: unknown columns {', '.join(unknown)}; give {', '.join(FIELDS)}")
-    drawn = FORMATS[config.format].convert is captioned and config.task == "text_to_image"
+    drawn = config.task == "text_to_image" and (codes or FORMATS[config.format].convert is captioned)
     bad = [prompt for prompt in config.prompts if "{}" not in prompt]
     if drawn and bad:
         raise UserError(f"{OPTION} {config.path}: prompt {bad[0]!r} has no {{}} where the caption goes")
+    if codes:
+        return CodeShards(config.path, config.task, config.prompts, tokenizer, OPTION)
+    if not config.captions:
+        raise UserError(f"{OPTION} {config.path}: captions are empty; give at least one, or leave them out")
     if config.characters < 1 or min(config.parts, config.pictures) < 0:
         raise UserError(f"{OPTION} {config.path}: characters must be above 0, parts and pictures not below")
     if config.images and not Path(config.images).is_dir():
@@ -210,6 +214,8 @@ def open_source(config: SourceConfig, size: int, tokenizer: str | None = None) -
     if config.format == "folder" and Path(config.path).is_dir():
         listed = Path(config.path) / "metadata.jsonl"
         if not listed.is_file():
+            if deeper := next(Path(config.path).rglob(listed.name), None):
+                raise UserError(f"{OPTION} {config.path}: {deeper} tells of pictures; give {deeper.parent} as path")
             return Folder(config, size)
         config = replace(config, path=str(listed))
     return Files(config, size)

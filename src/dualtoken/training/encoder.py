@@ -110,6 +110,7 @@ def train_encoder(
     config = ImageTextConfig(asdict(backbone), asdict(text))
     trainer = EncoderTrainer(ImageTextEncoder(config), text, caption_weight > 0)
     source = open_source(data, trainer.encoder.backbone.image_size)
+    run.skip(source.damaged)
     share = run.share(data.batch_size)
     batches = StepBatches(source, share, seed, run.accelerator.process_index, run.accelerator.num_processes)
     state = run.restore()
@@ -124,7 +125,7 @@ def train_encoder(
     if state is not None:
         trainer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        if run.accelerator.scaler is not None:
+        if run.accelerator.scaler is not None and state["scaler"] is not None:  # it may have begun without fp16
             run.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.train()
     residual = [p for m in trainer.modules() if isinstance(m, Stem) for p in m.residual_parameters()]
@@ -145,7 +146,7 @@ def train_encoder(
         norm = run.accelerator.clip_grad_norm_(trainer.parameters(), optim.clip or 1e9)
         sound &= run.check(step, {"gradient": norm})
         run.learn(sound, optimizer)
-        run.log(step, {"loss": loss, **parts, "norm": norm, "lr": optim.rate(step, steps)}, batch.skipped)
+        run.log(step, {"loss": loss, **parts, "norm": norm, "lr": optim.rate(step, steps)})
         if run.saves(step):
             scaler = run.accelerator.scaler
             states = {"model": trainer.state_dict(), "optimizer": optimizer.state_dict()}

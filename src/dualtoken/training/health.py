@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+MOST_KINDS = 50  # of errors; what is of others counts as one, so that a line of the log stays short
 MOST_SKIPPED = 10  # steps in a row that --loop.on_nan skip leaves out before it gives up
 
 
@@ -55,7 +56,8 @@ class Skipped:
         """Count a line "NAME: reason"; returns how many there are by now."""
         reason = line.partition(": ")[2] or line
         kind = re.sub(r"\d[\d,]*", "N", reason.partition(" (")[0])  # so that 900 x 4 and 800 x 3 pixels are one kind
-        self.kinds[kind[:60]] += 1
+        kind = kind[:60]
+        self.kinds[kind if kind in self.kinds or len(self.kinds) < MOST_KINDS else "other errors"] += 1
         return self.kinds.total()
 
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dualtoken.core.checkpoint import disk_errors, latest_state, load_state, save_state
-from dualtoken.core.distributed import any_process, on_main
+from dualtoken.core.distributed import add_counts, any_process, on_main
 from dualtoken.core.errors import UserError
 from dualtoken.training.health import MOST_SKIPPED, Pace, Skipped, collapsed
 from dualtoken.training.sharded import allow_cpu, save_shards, shard, shard_plugin
@@ -66,6 +66,11 @@ class LoopConfig:
     on_nan: Literal["stop", "skip"] = "stop"
     on_collapse: Literal["warn", "stop", "ignore"] = "warn"
     collapse: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("accumulate", 1), ("keep", 1), ("save_every", 0), ("eval_every", 0), ("log_every", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--loop.{name} {getattr(self, name)}: give at least {least}")
 
 
 FREE = ("output", "loop", "resume", "evaluation", "dtype")  # settings that may change while a run goes on
@@ -263,8 +268,16 @@ class Loop:
         return every > 0 and ((step + 1) % every == 0 or step + 1 == self.steps)
 
     def take(self, stream: Iterator[Any]) -> Any:
-        """The next batch of a stream; the time it takes is logged as waiting."""
-        return self._pace.take(stream)
+        """The next batch of a stream; the time it takes is logged as waiting, what its files lack as skipped."""
+        batch = self._pace.take(stream)
+        self.skip(getattr(batch, "skipped", ()))
+        return batch
+
+    def skip(self, lines: Iterable[str]) -> None:
+        """Count what could not be read, "NAME: reason" each, and tell the first of it."""
+        for line in lines:
+            if self._skipped.add(line) <= 20:
+                self.say(f"skipped: {line}")
 
     def learn(self, sound: bool, *optimizers: Any) -> None:
         """Let optimizers take their step, unless it is to be left out; gradients are cleared. Clip them before.
@@ -322,18 +335,21 @@ class Loop:
         good = self._last or "none yet (--loop.save_every)"
         return UserError(f"training stopped at step {step}: {what}; last good state: {good}; {advice}")
 
-    def log(self, step: int, values: dict[str, Any], skipped: list[str] | None = None) -> None:
-        """Show and record values (numbers and one-element tensors) and the pace; count files that could not be read."""
-        for line in skipped or []:
-            if self._skipped.add(line) <= 20:
-                self.say(f"skipped: {line}")
-        if not self.main or not self.due(step, self.config.log_every):
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Show and record values (numbers and one-element tensors), the pace, and what all processes skipped.
+
+        Every process must call it.
+        """
+        if not self.due(step, self.config.log_every):
+            return
+        skipped = add_counts(self._skipped.kinds)
+        if not self.main:
             return
         numbers = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in values.items()}
         pace = self._pace.look(step + 1)
         self._bar.set_postfix({k: f"{v:.3g}" for k, v in list(numbers.items())[:6]}, refresh=False)
         line = {"step": step + 1, **{k: round(v, 6) for k, v in numbers.items()}, **pace}
-        self.record(line | ({"skipped": dict(self._skipped.kinds)} if self._skipped.kinds else {}))
+        self.record(line | ({"skipped": dict(skipped)} if skipped else {}))
         with self.sparing("lines of the tracker"):
             self.accelerator.log(numbers | pace, step=step + 1)
 

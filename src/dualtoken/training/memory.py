@@ -70,15 +70,19 @@ def stage_memory(
     precision: str = "bf16",
     devices: int = 1,
     shard: bool = False,
+    looks: bool = False,
 ) -> Memory:
     """What a stage takes on each of some devices; the model may be on the meta device.
 
     Args:
+        looks: pictures are encoded in training, so that the whole vision tokenizer is on the device; what encoding
+            itself takes for a moment is left out.
         lora_rank: of the adapters in place of the LLM's own weights.
         devices, shard: with `shard` weights, gradients and moments are split (FSDP2), else each device has all.
     """
     tokenizer = model.vision_tokenizer
     held = [part for branch in (tokenizer.pixel, tokenizer.semantic) for part in (branch.quantizer, branch.post)]
+    held = [tokenizer] if looks else held
     frozen = sum(p.numel() for module in held for p in module.parameters())
     own = {name: p.numel() for name, p in model.named_parameters() if part_of(name) is not None}
     learns = {name: size for name, size in own.items() if part_of(name) in stage.trains}

@@ -260,7 +260,7 @@ def _train_stage(
         for name, value in _values(learning).items():
             value.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
-        if run.accelerator.scaler is not None:
+        if run.accelerator.scaler is not None and "scaler" in state:  # it may have begun without fp16
             run.accelerator.scaler.load_state_dict(state["scaler"])
         if streamed and (change := streamed.load_state_dict(state["data"])):
             run.say(change)
@@ -290,9 +290,9 @@ def _train_stage(
         run.learn(run.check(step, sums | {"gradient": norm}), optimizer)
         useful = sum(b.useful for b in parts) / len(parts)
         read = streamed.counts(run.device) if streamed and run.due(step, config.log_every) else {}
-        skipped = streamed.take_skipped() if streamed else []
+        run.skip(streamed.take_skipped() if streamed else ())
         measures = {"norm": norm, "useful": useful, "lr": optim.factor(step, stage.steps)}
-        run.log(step, sums | measures | read, skipped)
+        run.log(step, sums | measures | read)
         if held_out and run.due(step, config.eval_every):
             with run.accelerator.autocast():
                 found = evaluate(model, held_out, run.device)

@@ -25,12 +25,20 @@ class Stage:
         batch_size: samples a step, over all processes and accumulated batches.
         mixture: task -> weight.
         steps: of the optimiser.
+    Raises UserError for an unknown part, and for numbers that are too small.
     """
 
     trains: dict[str, float]
     batch_size: int
     mixture: dict[str, float]
     steps: int = 10000
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.trains if part not in PARTS]
+        if unknown or not self.trains:
+            raise UserError(f"stage trains {', '.join(unknown) or 'nothing'}; the parts are {', '.join(PARTS)}")
+        if self.batch_size < 1 or self.steps < 0:
+            raise UserError(f"stage has batch_size {self.batch_size} and {self.steps} steps; give 1 or more chats")
 
     @property
     def through_llm(self) -> bool:
@@ -85,13 +93,7 @@ def recompute_activations(model: nn.Module, stage: Stage) -> None:
 
 
 def set_trained(model: nn.Module, stage: Stage, lora: bool = False) -> dict[str, list[nn.Parameter]]:
-    """Let exactly the stage's parts learn; with `lora` only adapters of the LLM. Returns the parameters by part.
-
-    Raises UserError for an unknown part.
-    """
-    unknown = [part for part in stage.trains if part not in PARTS]
-    if unknown or not stage.trains:
-        raise UserError(f"stage trains {unknown or 'nothing'}; the parts are {', '.join(PARTS)}")
+    """Let exactly the stage's parts learn; with `lora` only adapters of the LLM. Returns the parameters by part."""
     found: dict[str, list[nn.Parameter]] = {part: [] for part in stage.trains}
     for name, parameter in model.named_parameters():
         part = part_of(name)

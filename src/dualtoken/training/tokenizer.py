@@ -108,6 +108,7 @@ def train_tokenizer(
     if losses.perceptual > 0:
         perceptual = build_perceptual(teacher, losses.lpips_net, losses.lpips_weights, "--losses.lpips").to(run.device)
     source = open_source(data, tokenizer.image_size)
+    run.skip(source.damaged)
     share = run.share(data.batch_size)
     batches = StepBatches(source, share, seed, run.accelerator.process_index, run.accelerator.num_processes)
     unseen = DataConfig(evaluation.source, seed=data.seed)
@@ -119,7 +120,9 @@ def train_tokenizer(
     holders |= {"judge": judge, "judge_optimizer": judge_optimizer, "scaler": run.accelerator.scaler}
     state = run.restore()
     for name, holder in holders.items():
-        if state is not None and holder is not None:
+        if (
+            state is not None and holder is not None and state[name] is not None
+        ):  # no scaler where it began without fp16
             holder.load_state_dict(state[name])
 
     wrapped_judge = run.accelerator.prepare(judge) if judge else None
@@ -174,7 +177,7 @@ def train_tokenizer(
         if average is not None:
             average.update_parameters(tokenizer)
         run.check_codebooks(step, {name: getattr(out, name).perplexity for name in ("pixel", "semantic")})
-        run.log(step, values | code_statistics(out), batch.skipped)
+        run.log(step, values | code_statistics(out))
         if run.saves(step):
             run.save(step + 1, {k: None if v is None else v.state_dict() for k, v in holders.items()})
         if run.due(step, loop.eval_every) and run.main:
