@@ -268,7 +268,7 @@ def _call(command: Command, path: list[str], arguments: list[str]) -> int:
     import jsonargparse
 
     typed = [*path, *arguments]
-    arguments = [_recipe(arguments[i - 1] if i else "", SHORT.get(a, a)) for i, a in enumerate(arguments)]
+    arguments = [_recipe(arguments[i - 1] if i else "", _whole(a)) for i, a in enumerate(arguments)]
     module, name = command.target.split(":")
     function = getattr(importlib.import_module(module), name)
     if "transformers" in sys.modules:
@@ -294,6 +294,12 @@ def _call(command: Command, path: list[str], arguments: list[str]) -> int:
         write_page = importlib.import_module("dualtoken.app.result_page").write_page
         write_page([Path(settings.output)], Path(settings.output).with_suffix(".html"), path[-1], shlex.join(typed))
     return 0
+
+
+def _whole(argument: str) -> str:
+    """An argument with its option spelled as the function has it: `--out=DIR` -> `--output=DIR`."""
+    option, sign, value = argument.partition("=")
+    return SHORT.get(option, option) + sign + value
 
 
 def _recipe(option: str, value: str) -> str:

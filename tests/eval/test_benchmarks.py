@@ -15,6 +15,7 @@ from dualtoken.core.images import to_picture
 from dualtoken.data.scenes import Scenes
 from dualtoken.eval.benchmarks import BENCHMARKS, read_prompts, write_benchmark
 from dualtoken.eval.scores import read_genai_bench, read_geneval, read_lmms, read_wise
+from dualtoken.eval.zero_shot import class_vectors
 from dualtoken.mllm.assistant import Assistant
 from tests.generation.lively import lively
 
@@ -123,6 +124,15 @@ def test_the_command_fills_a_folder(tmp_path, capsys):
     assert sorted(pictures(tmp_path / "out")) == PLACES["wise"]
     said = capsys.readouterr().out
     assert "3 pictures drawn, 0 were there" in said and "gpt_eval.py" in said
+
+
+def test_braces_of_a_template_are_text(assistant, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(assistant, "draw", lambda texts, *_: said.extend(texts) or [[Image.new("RGB", (8, 8))]] * 3)
+    draw(assistant, "wise", written(tmp_path, "wise"), tmp_path / "out", template="a {x} {}")
+    monkeypatch.setattr("dualtoken.eval.zero_shot.embed_texts", lambda *a: said.extend(a[2]) or torch.ones(1, 2))
+    class_vectors(None, None, ["green circle"], ["a {x} {}"])
+    assert said == ["a {x} a red star", "a {x} a blue ring", "a {x} a green circle", "a {x} green circle"]
 
 
 def test_what_cannot_be_drawn_is_counted(assistant, tmp_path):

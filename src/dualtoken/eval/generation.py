@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, at_least_one
 from dualtoken.core.images import image_bytes, save_picture, to_picture
 from dualtoken.data.scene_chat import RELATION
 from dualtoken.data.scene_text import EDIT_TYPES, Edit, caption, captions, edits, position, relation
@@ -24,7 +24,7 @@ from dualtoken.data.scenes import SPLITS, Scene, SceneObject, scene
 from dualtoken.eval.benchmarks import processes, write_benchmark
 from dualtoken.eval.report import Share, share, table, write_json
 from dualtoken.eval.scene_reader import SeenObject, background, read_scene, shows, shows_relation
-from dualtoken.eval.understanding import picture_of
+from dualtoken.eval.understanding import Unseen, picture_of
 from dualtoken.generation.sampling import DrawConfig, DrawEngine
 from dualtoken.mllm.assistant import Assistant
 
@@ -49,7 +49,7 @@ def generation(
     drawings: int = 300,
     edited: int = 300,
     batch_size: int = 50,
-    split: str = "test",
+    split: Unseen = "test",
     seed: int = 0,
     guidance: float | None = None,
     semantic_codes: bool = True,
@@ -85,8 +85,7 @@ def generation(
     """
     if benchmark is None and prompts is not None:
         raise UserError(f"--prompts {prompts}: say of which --benchmark they are")
-    if drawings < 1 or edited < 1:
-        raise UserError(f"--drawings {drawings}, --edited {edited}: give at least 1 of each")
+    at_least_one(drawings=drawings, edited=edited, batch_size=batch_size)
     device = None if benchmark is None else str(processes().device)  # each process its own
     assistant = Assistant.open(model, device=device, engine=engine)
     config = assistant.model.draw_config
