@@ -183,6 +183,8 @@ def test_geneval_is_the_mean_of_its_tasks(tmp_path):
     found = read_geneval(str(path))
     assert found["numbers"] == pytest.approx({"overall": (2 / 3 + 1 / 2) / 2, "single_object": 2 / 3, "counting": 0.5})
     assert found["right_pictures"] == 0.6 and found["prompts"] == 4 and found["right_prompts"] == 0.5
+    path.write_text("\n".join(json.dumps(e | {"metadata": json.loads(e["metadata"])}) for e in entries))
+    assert read_geneval(str(path)) == found  # an object in place of its text
     path.write_text(json.dumps({"tag": "counting"}))
     with pytest.raises(UserError, match="line 1: lacks correct, metadata"):
         read_geneval(str(path))
@@ -221,6 +223,14 @@ def test_wise_by_either_release(tmp_path):
     (tmp_path / "new.jsonl").write_text("\n".join(json.dumps(e) for e in new[:400]))
     part = read_wise(str(tmp_path / "new.jsonl"))
     assert part["numbers"]["culture"] == 1 and part["numbers"]["overall"] is None and part["missing"] == 600
+    texts = [json.dumps(e | {"prompt_id": str(e["prompt_id"])}) for e in new[:400]]
+    (tmp_path / "text.jsonl").write_text("\n".join(texts))
+    assert read_wise(str(tmp_path / "text.jsonl")) == part
+    for wrong in ("twelve", None, "1001"):
+        (tmp_path / "text.jsonl").write_text(json.dumps(new[0] | {"prompt_id": wrong}))
+        with pytest.raises(UserError, match="of no prompt of WISE"):
+            read_wise(str(tmp_path / "text.jsonl"))
+    (tmp_path / "text.jsonl").unlink()
     with pytest.raises(UserError, match="differ in kind"):
         read_wise(str(tmp_path / "*.jsonl"))
 
@@ -253,6 +263,11 @@ def test_lmms_eval_results_by_task(tmp_path):
     found = read_lmms(str(tmp_path / "r.json"))
     assert found["numbers"] == {"mme mme_perception_score": 1400.5, "pope pope_accuracy": 0.86}
     assert "--limit 8" in found["protocol"] and "0.7.2" in found["protocol"]
+    (tmp_path / "r.json").write_text(json.dumps(results | {"results": results["results"] | {"mmvet": None}}))
+    assert read_lmms(str(tmp_path / "r.json")) == found
+    (tmp_path / "r.json").write_text(json.dumps({"results": {"a": None}}))
+    with pytest.raises(UserError, match="holds no number"):
+        read_lmms(str(tmp_path / "r.json"))
     (tmp_path / "r.json").write_text("[]")
     with pytest.raises(UserError, match="not results"):
         read_lmms(str(tmp_path / "r.json"))
