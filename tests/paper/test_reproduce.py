@@ -13,6 +13,7 @@ from dualtoken.data.scenes import scene
 from dualtoken.paper import reproduce as module
 from dualtoken.paper import side_by_side
 from dualtoken.paper.experiment import Experiment, Result, Row, Setting, command_of, finished, stamp
+from tests import tiny
 
 
 def files(folder):
@@ -96,11 +97,19 @@ def test_the_stamp_of_shards_and_of_presets(tmp_path):
         (["fig3", "--scale", "full"], "--scale full needs --data, --encoder"),
         (["table3", "--scale", "full", "--data", "x", "--encoder", "y"], "needs --train_data: .*to train on"),
         (["table1", "--scale", "full", "--data", "x"], "needs --weights, --encoder"),
+        (
+            ["table3", "--scale", "full", "--budget", "30"],
+            "--budget 30: reproduce table3 does not take it at full scale",
+        ),
+        (["fig6", "--weights", "TINY"], "--weights .* takes 16 px: give a --baseline"),
+        (["fig6", "--pictures", "5"], "--pictures, --data: 5 pictures are too few for a map, give at least 8"),
     ],
 )
-def test_mistakes_are_one_line_before_any_work(arguments, words, tmp_path, capsys):
+def test_mistakes_are_one_line_before_any_work(arguments, words, tmp_path, capsys, monkeypatch):
     import re
 
+    monkeypatch.setattr("dualtoken.paper.experiment.find_spec", lambda name: True)
+    arguments = [str(tiny.tokenizer_directory()) if argument == "TINY" else argument for argument in arguments]
     assert main(["reproduce", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert re.search(words, capsys.readouterr().err) and not (tmp_path / "out").exists()
 

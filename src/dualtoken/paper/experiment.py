@@ -152,7 +152,8 @@ class Experiment:
         needs: of `OPTIONS`, what full scale needs.
         wants: which data and weights these are in the paper.
         also, mini: of `OPTIONS`, what full scale takes too, and what the miniature takes.
-        ready: raises UserError where what is given does not do, before long work: at full scale, or with `data`.
+        ready: raises UserError where what is given does not do, before long work; of the way of full scale alone where
+            that has one of its own (`full`).
         full: does the work at full scale, where `make` is for the miniature alone.
         multimodal: whether `Setting.weights` is a multimodal model here; else it is a tokenizer.
         models: names that `Setting.scores` may have.
@@ -219,7 +220,7 @@ class Experiment:
                 f"{id} needs the extra `{self.package}`: pip install 'dualtoken[{self.package}]', "
                 f"or in a checkout uv run --extra {self.package} dualtoken reproduce"
             )
-        if self.ready is not None and (setting.scale == "full" or setting.data is not None):
+        if self.ready is not None and (setting.scale == "full" or self.full is None):
             self.ready(setting)
 
 
