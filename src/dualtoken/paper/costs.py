@@ -51,7 +51,9 @@ def table11(setting: Setting) -> Result:
         setting.protocol[name] = (
             f"batch 1, a prompt of {TEXT} tokens and a picture of {built.config.positions} positions"
         )
-    setting.protocol["paper"] = "batch and lengths of Table 11 are not told, so even its ratios may be of another setting"
+    setting.protocol["paper"] = (
+        "batch and lengths of Table 11 are not told, so even its ratios may be of another setting"
+    )
     rows += appendix_d()
     together = rows[-1].measured[SHARE]
     said.append(
