@@ -125,6 +125,12 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "dualtoken eval generation --output result.json --pictures sheets/",
             page=True,
         ),
+        "reader": Command(
+            "dualtoken.eval.generation:reader",
+            "how often the reader that judges drawings is right, on true pictures",
+            "dualtoken eval reader --drawings 1000",
+            page=True,
+        ),
         "scores": Command(
             "dualtoken.eval.scores:scores",
             "result files of benchmarks' scorers (GenEval, WISE, ...) in one report",
