@@ -52,6 +52,13 @@ def test_every_command_explains_its_options(path, command, capsys):
         (["demo", "--image", "nowhere.jpg"], "--image nowhere.jpg: no such file or folder"),
         (["demo", "--model", "elsewhere"], "the demo needs a preset"),
         (["data", "scenes", "/dev/null/x"], "Not a directory"),
+        (["eval", "understanding", "--batch_size", "0"], "--batch_size 0: give at least 1"),
+        (["eval", "generation", "--batch_size", "0"], "--batch_size 0: give at least 1"),
+        (["eval", "generation", "--benchmark", "wise", "--batch_size", "0"], "--batch_size 0: give at least 1"),
+        (["eval", "understanding", "--split", "train"], "split"),
+        (["eval", "generation", "--split", "foo"], "split"),
+        (["eval", "scores", "--out=report.json"], "nothing to report"),
+        (["draw", "a star", "-n=0"], "--number 0: give at least 1"),
     ],
 )
 def test_mistakes_are_one_line_with_status_2(arguments, words, capsys):

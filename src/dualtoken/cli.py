@@ -125,6 +125,12 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "dualtoken eval generation --output result.json --pictures sheets/",
             page=True,
         ),
+        "reader": Command(
+            "dualtoken.eval.generation:reader",
+            "how often the reader that judges drawings is right, on true pictures",
+            "dualtoken eval reader --drawings 1000",
+            page=True,
+        ),
         "scores": Command(
             "dualtoken.eval.scores:scores",
             "result files of benchmarks' scorers (GenEval, WISE, ...) in one report",
@@ -270,7 +276,7 @@ def _call(command: Command, path: list[str], arguments: list[str]) -> int:
     import jsonargparse
 
     typed = [*path, *arguments]
-    arguments = [_recipe(arguments[i - 1] if i else "", SHORT.get(a, a)) for i, a in enumerate(arguments)]
+    arguments = [_recipe(arguments[i - 1] if i else "", _whole(a)) for i, a in enumerate(arguments)]
     module, name = command.target.split(":")
     function = getattr(importlib.import_module(module), name)
     if "transformers" in sys.modules:
@@ -296,6 +302,12 @@ def _call(command: Command, path: list[str], arguments: list[str]) -> int:
         write_page = importlib.import_module("dualtoken.app.result_page").write_page
         write_page([Path(settings.output)], Path(settings.output).with_suffix(".html"), path[-1], shlex.join(typed))
     return 0
+
+
+def _whole(argument: str) -> str:
+    """An argument with its option spelled as the function has it: `--out=DIR` -> `--output=DIR`."""
+    option, sign, value = argument.partition("=")
+    return SHORT.get(option, option) + sign + value
 
 
 def _recipe(option: str, value: str) -> str:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dualtoken.analysis.cost import AliveTensors, TeacherForced, measure, mllm_costs, ratio, tokenizer_costs
+from dualtoken.core.errors import UserError
 from dualtoken.mllm.projector import two_layers
 from tests import tiny
 
@@ -70,6 +71,11 @@ def test_a_second_vocabulary_costs_a_head_and_half_a_projector_layer():
     assert ratio(forward, "flops") > 1 and ratio(costs["drawing one picture"], "seconds") > 0
     assert all(p.grad is None for p in model.parameters())
     assert not any(p.requires_grad for p in model.vision_tokenizer.parameters())
+
+
+def test_a_model_that_draws_pixel_codes_alone_is_refused():
+    with pytest.raises(UserError, match="draws pixel codes alone"):
+        mllm_costs(tiny.mllm(output="pixel")[0], text=6)
 
 
 def test_paper_sizes_need_no_values():

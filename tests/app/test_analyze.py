@@ -123,6 +123,8 @@ def test_clouds_are_drawn(tmp_path):
         (["codebooks", "--model", "nowhere"], "--model nowhere: no such directory, and no preset"),
         (["feature-space", "--models", "a+b+c"], "--models a+b+c: A+B takes two encoders, 3 are given"),
         (["cost", "--model", "nowhere"], "--model nowhere"),
+        (["cost", "--repeats", "0"], "--repeats 0: give at least 1"),
+        (["cost", "--text", "0"], "--text 0: give at least 1"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words, capsys):

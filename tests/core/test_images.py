@@ -72,6 +72,10 @@ def test_what_is_no_picture_raises_with_its_name(tmp_path, monkeypatch):
     for name in ("cut.png", "text.png", "empty.png", "missing.png"):
         with pytest.raises(ImageError, match=name):
             read_image(tmp_path / name)
+    with pytest.raises(ImageError, match=r"cut.png: damaged picture"):
+        read_image(Image.open(tmp_path / "cut.png"))
+    with pytest.raises(ImageError, match="image: damaged picture"):
+        read_image(Image.open(io.BytesIO(whole.getvalue()[:3000])))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match=r"bytes.png: more than"):
         read_image(whole.getvalue(), "bytes.png")

@@ -15,6 +15,7 @@ from dualtoken.core.images import to_picture
 from dualtoken.data.scenes import Scenes
 from dualtoken.eval.benchmarks import BENCHMARKS, read_prompts, write_benchmark
 from dualtoken.eval.scores import read_genai_bench, read_geneval, read_lmms, read_wise
+from dualtoken.eval.zero_shot import class_vectors
 from dualtoken.mllm.assistant import Assistant
 from tests.generation.lively import lively
 
@@ -125,6 +126,15 @@ def test_the_command_fills_a_folder(tmp_path, capsys):
     assert "3 pictures drawn, 0 were there" in said and "gpt_eval.py" in said
 
 
+def test_braces_of_a_template_are_text(assistant, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(assistant, "draw", lambda texts, *_: said.extend(texts) or [[Image.new("RGB", (8, 8))]] * 3)
+    draw(assistant, "wise", written(tmp_path, "wise"), tmp_path / "out", template="a {x} {}")
+    monkeypatch.setattr("dualtoken.eval.zero_shot.embed_texts", lambda *a: said.extend(a[2]) or torch.ones(1, 2))
+    class_vectors(None, None, ["green circle"], ["a {x} {}"])
+    assert said == ["a {x} a red star", "a {x} a blue ring", "a {x} a green circle", "a {x} green circle"]
+
+
 def test_what_cannot_be_drawn_is_counted(assistant, tmp_path):
     listed = json.loads(FILES["wise"])
     listed[1]["Prompt"] = "red star " * 200
@@ -173,6 +183,8 @@ def test_geneval_is_the_mean_of_its_tasks(tmp_path):
     found = read_geneval(str(path))
     assert found["numbers"] == pytest.approx({"overall": (2 / 3 + 1 / 2) / 2, "single_object": 2 / 3, "counting": 0.5})
     assert found["right_pictures"] == 0.6 and found["prompts"] == 4 and found["right_prompts"] == 0.5
+    path.write_text("\n".join(json.dumps(e | {"metadata": json.loads(e["metadata"])}) for e in entries))
+    assert read_geneval(str(path)) == found  # an object in place of its text
     path.write_text(json.dumps({"tag": "counting"}))
     with pytest.raises(UserError, match="line 1: lacks correct, metadata"):
         read_geneval(str(path))
@@ -211,6 +223,14 @@ def test_wise_by_either_release(tmp_path):
     (tmp_path / "new.jsonl").write_text("\n".join(json.dumps(e) for e in new[:400]))
     part = read_wise(str(tmp_path / "new.jsonl"))
     assert part["numbers"]["culture"] == 1 and part["numbers"]["overall"] is None and part["missing"] == 600
+    texts = [json.dumps(e | {"prompt_id": str(e["prompt_id"])}) for e in new[:400]]
+    (tmp_path / "text.jsonl").write_text("\n".join(texts))
+    assert read_wise(str(tmp_path / "text.jsonl")) == part
+    for wrong in ("twelve", None, "1001"):
+        (tmp_path / "text.jsonl").write_text(json.dumps(new[0] | {"prompt_id": wrong}))
+        with pytest.raises(UserError, match="of no prompt of WISE"):
+            read_wise(str(tmp_path / "text.jsonl"))
+    (tmp_path / "text.jsonl").unlink()
     with pytest.raises(UserError, match="differ in kind"):
         read_wise(str(tmp_path / "*.jsonl"))
 
@@ -243,6 +263,11 @@ def test_lmms_eval_results_by_task(tmp_path):
     found = read_lmms(str(tmp_path / "r.json"))
     assert found["numbers"] == {"mme mme_perception_score": 1400.5, "pope pope_accuracy": 0.86}
     assert "--limit 8" in found["protocol"] and "0.7.2" in found["protocol"]
+    (tmp_path / "r.json").write_text(json.dumps(results | {"results": results["results"] | {"mmvet": None}}))
+    assert read_lmms(str(tmp_path / "r.json")) == found
+    (tmp_path / "r.json").write_text(json.dumps({"results": {"a": None}}))
+    with pytest.raises(UserError, match="holds no number"):
+        read_lmms(str(tmp_path / "r.json"))
     (tmp_path / "r.json").write_text("[]")
     with pytest.raises(UserError, match="not results"):
         read_lmms(str(tmp_path / "r.json"))

@@ -73,6 +73,21 @@ def test_what_the_model_cannot_take_is_counted_and_costs_no_other_answer(answers
     assert any("pictures only" in why for why in answers.failed)
 
 
+def test_a_damaged_picture_costs_its_own_answer_alone(answers, tmp_path, capsys):
+    scene_of = Image.fromarray(scene(0, "test").render(64))
+    scene_of.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    lazy = [request("what color ?", {"max_new_tokens": 4}, lambda document: [Image.open(tmp_path / "cut.png")])]
+    turned = [request("is it ?", {}, lambda document: [Image.open(tmp_path / "cut.png").convert("RGB")])]
+    good = [request("what color ?", {"max_new_tokens": 4})]
+    found = answers.generate_until([*lazy, *good, *turned])
+    assert found == ["", *answers.generate_until(good), ""] and found[1]
+    assert "2 of 3 requests got no answer" in capsys.readouterr().out
+    losses = [answers.loglikelihood([request("is it ?", "a", one.args[2])]) for one in (*lazy, *turned)]
+    assert losses == [[(float("inf"), False)]] * 2 and len(answers.failed) == 4
+    assert sum("document 0 of task" in why for why in answers.failed) == 2  # those that the task itself opens
+
+
 def test_the_loss_of_a_continuation_is_that_of_its_tokens(answers):
     model, processor = answers.assistant.model, answers.assistant.processor
     choices = ["a red circle", "a blue star", lambda document: document["answer"]]

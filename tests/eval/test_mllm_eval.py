@@ -74,6 +74,14 @@ def test_true_pictures_are_judged_right_and_others_wrong():
             assert judge_drawings(kind, truths, prompts, turned)[kind].value <= 0.1
 
 
+def test_the_reader_is_measured_by_a_command_without_a_model(tmp_path):
+    path = tmp_path / "r.json"
+    assert main(["eval", "reader", "--drawings", "20", "--edited", "8", "--output", str(path)]) == 0
+    shares = json.loads(path.read_text())["shares"]
+    assert [shares[kind]["total"] for kind in ("one object", "two objects with relation", "edits")] == [20, 20, 8]
+    assert shares["one object"]["share"] >= 0.95 and (tmp_path / "r.html").is_file()
+
+
 def test_edits_are_judged_by_what_changed_and_by_the_rest():
     asked = draw_edits(100, "test", 0)
     assert len({e.type for e in asked}) == 4

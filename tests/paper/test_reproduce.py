@@ -9,9 +9,11 @@ from PIL import Image
 
 from dualtoken.cli import main
 from dualtoken.core.errors import UserError
+from dualtoken.data.scenes import scene
 from dualtoken.paper import reproduce as module
 from dualtoken.paper import side_by_side
-from dualtoken.paper.experiment import Experiment, Result, Row, Setting, command_of, finished
+from dualtoken.paper.experiment import Experiment, Result, Row, Setting, command_of, finished, stamp
+from tests import tiny
 
 
 def files(folder):
@@ -62,6 +64,31 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
     assert "a finding" in page and "psnr (paper)" in page and "27.12" in page and "20.5 ± 0.61" in page
 
 
+def test_a_folder_is_known_by_what_is_in_it_and_its_broken_file_makes_no_cluster(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abc")
+    (tmp_path / "data").mkdir()
+    for i in range(20):
+        Image.fromarray(scene(i, "test").render(48)).save(tmp_path / f"data/{i}.png")
+    (tmp_path / "data/broken.png").write_text("no picture")
+    command = ["reproduce", "fig8", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "out/fig8.json").read_text())
+    assert "The largest of 20 clusters" in str(found["pictures"]) and len(found["skipped"]) == 1
+    capsys.readouterr()
+    assert main(command) == 0 and "fig8 is done" in capsys.readouterr().out
+    Image.fromarray(scene(20, "test").render(48)).save(tmp_path / "data/20.png")
+    assert main(command) == 0 and "fig8 is done" not in capsys.readouterr().out
+    assert "The largest of 21 clusters" in (tmp_path / "out/fig8.md").read_text()
+
+
+def test_the_stamp_of_shards_and_of_presets(tmp_path):
+    for number in (0, 1):
+        (tmp_path / f"{number}.tar").write_bytes(bytes(10 + number))
+    latest = (tmp_path / "1.tar").stat().st_mtime_ns
+    assert stamp(str(tmp_path)) == stamp(f"{tmp_path}/{{0..1}}.tar") == [2, 21, latest]
+    assert stamp("mini") == [0, 0, 0] and stamp(str(tmp_path / "1.tar")) == [1, 11, latest]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -70,11 +97,19 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
         (["fig3", "--scale", "full"], "--scale full needs --data, --encoder"),
         (["table3", "--scale", "full", "--data", "x", "--encoder", "y"], "needs --train_data: .*to train on"),
         (["table1", "--scale", "full", "--data", "x"], "needs --weights, --encoder"),
+        (
+            ["table3", "--scale", "full", "--budget", "30"],
+            "--budget 30: reproduce table3 does not take it at full scale",
+        ),
+        (["fig6", "--weights", "TINY"], "--weights .* takes 16 px: give a --baseline"),
+        (["fig6", "--pictures", "5"], "--pictures, --data: 5 pictures are too few for a map, give at least 8"),
     ],
 )
-def test_mistakes_are_one_line_before_any_work(arguments, words, tmp_path, capsys):
+def test_mistakes_are_one_line_before_any_work(arguments, words, tmp_path, capsys, monkeypatch):
     import re
 
+    monkeypatch.setattr("dualtoken.paper.experiment.find_spec", lambda name: True)
+    arguments = [str(tiny.tokenizer_directory()) if argument == "TINY" else argument for argument in arguments]
     assert main(["reproduce", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert re.search(words, capsys.readouterr().err) and not (tmp_path / "out").exists()
 

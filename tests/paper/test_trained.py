@@ -2,13 +2,17 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from dualtoken.cli import main
+from dualtoken.data.scenes import scene
 from dualtoken.paper import ablations, table3, trained
 from dualtoken.paper.ablations import layer_findings
 from dualtoken.paper.experiment import Setting
+from dualtoken.paper.measure import Judge
 from dualtoken.paper.table3 import CASES
 from dualtoken.paper.trained import Part, identity, merge
 from dualtoken.paper.variants import Taps, Variant
@@ -169,6 +173,50 @@ def test_a_measure_is_kept_and_with_again_taken_once_more_in_a_run(tmp_path):
     tables = [again, replace(again, pictures=3)]  # two tables of one run
     assert [trained.remembered(place, setting, take) for setting in tables] == [{"psnr": 2.0}] * 2
     assert len(taken) == 2 and first.made == again.made
+
+
+def test_what_could_not_be_read_is_kept_with_the_measure_of_that_folder(tmp_path):
+    part = SimpleNamespace(folder=lambda setting: tmp_path, model=lambda setting: "mini")
+
+    def measured():
+        setting = Setting(out=tmp_path, data=str(tmp_path / "data"))
+        found = Judge(setting, "mini").measure(part)
+        return found, len(setting.skipped), setting.protocol["tokenizers"].split(",")[0]
+
+    def picture(number):
+        place = tmp_path / f"data/{number % 2}/{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene(number, "test").render(48)).save(place)
+
+    for number in range(3):
+        picture(number)
+    (tmp_path / "data/0/broken.png").write_text("no picture")
+    first = measured()
+    assert first == measured() and first[1:] == (1, f"measured on 3 pictures of {tmp_path}/data")
+    picture(3)
+    more = measured()
+    assert more[0]["psnr"] != first[0]["psnr"] and "4 pictures" in more[2]
+    kept = {"psnr": 1.0, "zero_shot": 2.0}  # as it was kept before
+    (tmp_path / "measured-mini-500.json").write_text(json.dumps(kept))
+    setting = Setting(out=tmp_path)
+    assert Judge(setting, "mini").measure(part) == kept and setting.skipped == []
+
+
+def test_accuracy_of_no_labelled_picture_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        Image.fromarray(scene(number, "test").render(48)).save(tmp_path / f"data/{number}.png")
+        (tmp_path / f"data/{number}.txt").write_text(f"scene {number}")
+    row = Judge(Setting(out=tmp_path, data=str(tmp_path / "data")), "mini").teacher_row()
+    assert row["zero_shot"] is None and row["text_to_image"] > 0
+    found = {layer: {"psnr": 20.0, "zero_shot": None} for layer in (2, 4)}
+    assert [len(layer_findings(id, "mini", found)) for id in ("table7", "table9")] == [1, 1]
+    monkeypatch.setattr(ablations, "train_parts", lambda parts, setting: None)
+    monkeypatch.setattr(ablations, "minutes", lambda parts, setting: {})
+    monkeypatch.setattr(Judge, "measure_all", lambda self, parts: None)
+    monkeypatch.setattr(Judge, "measure", lambda self, part: found[2])
+    result = ablations.table10(Setting(out=tmp_path))
+    assert len(result.findings) == 1 and result.rows[0].measured["zero_shot"] is None
 
 
 def _parser_of(function):

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dualtoken.core.errors import UserError
 from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.projector import two_layers
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
@@ -218,7 +219,13 @@ def mllm_costs(
     """What one vocabulary and two take: by kind of pass, then by "single" and "dual".
 
     Args: text: T, tokens of the prompt; training: also a step with gradients, of weights that all learn.
+    Raises UserError for a model that draws with one vocabulary: drawn once more with both, it takes the same.
     """
+    if model.config.output != "both":
+        raise UserError(
+            f"the model draws {model.config.output} codes alone (model.output), so it has no second vocabulary to "
+            "compare with: give one that draws both"
+        )
     found: dict[str, dict[Token, Cost]] = defaultdict(dict)
     for token in ("single", "dual"):
         passes = TeacherForced(model, token, text)

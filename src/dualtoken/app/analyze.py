@@ -20,7 +20,7 @@ from dualtoken.analysis.layers import blocks, contrast, pooled_layers, stream_si
 from dualtoken.app.analysis_figures import draw_clouds, draw_depths, draw_similarities
 from dualtoken.app.figures import draw_clusters
 from dualtoken.app.look import Branches, Reading, backbone_of, device, kind_of, layers_of, small, tokenizer_of
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, at_least_one
 from dualtoken.core.images import to_float
 from dualtoken.eval.report import table, write_json
 from dualtoken.mllm.config import DualTokenConfig
@@ -234,6 +234,7 @@ def cost(
         repeats: of which times are the median.
         output: folder for cost.json.
     """
+    at_least_one(text=text, repeats=repeats)
     kind = kind_of(model)
     if model in SHAPES:
         mllm = SHAPES[model].build()

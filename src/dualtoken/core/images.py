@@ -39,10 +39,11 @@ def read_image(
         max_pixels: width x height of a file, judged before it is decoded.
     Raises ImageError where the file is missing, damaged, no picture, or beyond the limit (Pillow's: about 179 Mpx).
     """
-    if isinstance(source, Image.Image):
-        return _as_rgb(source)
-    name = name or (str(source) if not isinstance(source, bytes) else "image")
+    name = name or (str(source) if isinstance(source, str | Path) else getattr(source, "filename", "")) or "image"
     try:
+        if isinstance(source, Image.Image):
+            source.load()  # of Image.open, its file is read only now
+            return _as_rgb(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:

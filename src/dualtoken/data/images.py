@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, at_least_one
 from dualtoken.core.images import ImageError, fit_image, image_bytes, list_images, read_image
 from dualtoken.data.tar_shards import Place, find_shards, index_tar
 
@@ -224,9 +224,7 @@ def read_in_order(
     Files that cannot be read are left out and named in `skipped`. Raises UserError where no picture is left, and for
     numbers below 1.
     """
-    for option, value in (("--images", images), ("--batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{option} {value}: give at least 1")
+    at_least_one(images=images, batch_size=batch_size)
     total = images if source.endless else min(images, len(source))
     indices: Iterator[int] = itertools.count()
     if not source.endless:

@@ -233,7 +233,7 @@ def _draw(
 ) -> None:  # fmt: skip
     """Draw and write a batch; where it cannot be drawn, one by one, and what fails alone is counted."""
     try:
-        texts = [template.format(prompt.text) for prompt, _, _ in jobs]
+        texts = [template.replace("{}", prompt.text) for prompt, _, _ in jobs]
         made = assistant.draw(texts, 1, config, [seed for _, _, seed in jobs])
     except UserError as error:
         if len(jobs) > 1:

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, at_least_one
 from dualtoken.core.images import image_bytes, save_picture, to_picture
 from dualtoken.data.scene_chat import RELATION
 from dualtoken.data.scene_text import EDIT_TYPES, Edit, caption, captions, edits, position, relation
@@ -24,11 +24,12 @@ from dualtoken.data.scenes import SPLITS, Scene, SceneObject, scene
 from dualtoken.eval.benchmarks import processes, write_benchmark
 from dualtoken.eval.report import Share, share, table, write_json
 from dualtoken.eval.scene_reader import SeenObject, background, read_scene, shows, shows_relation
-from dualtoken.eval.understanding import picture_of
+from dualtoken.eval.understanding import Unseen, picture_of
 from dualtoken.generation.sampling import DrawConfig, DrawEngine
 from dualtoken.mllm.assistant import Assistant
 
 OUTSIDE_DB = 22.0  # what an edit leaves alone must come back at least this well
+KINDS = {"one object": 1, "two objects with relation": 2}  # drawings, and how many objects are asked for
 NEAR = 0.12  # share of the side: how far from its place an object still counts as there
 
 
@@ -49,7 +50,7 @@ def generation(
     drawings: int = 300,
     edited: int = 300,
     batch_size: int = 50,
-    split: str = "test",
+    split: Unseen = "test",
     seed: int = 0,
     guidance: float | None = None,
     semantic_codes: bool = True,
@@ -85,8 +86,7 @@ def generation(
     """
     if benchmark is None and prompts is not None:
         raise UserError(f"--prompts {prompts}: say of which --benchmark they are")
-    if drawings < 1 or edited < 1:
-        raise UserError(f"--drawings {drawings}, --edited {edited}: give at least 1 of each")
+    at_least_one(drawings=drawings, edited=edited, batch_size=batch_size)
     device = None if benchmark is None else str(processes().device)  # each process its own
     assistant = Assistant.open(model, device=device, engine=engine)
     config = assistant.model.draw_config
@@ -97,7 +97,7 @@ def generation(
         return write_benchmark(assistant, model, benchmark, prompts, output, config, **how)
     found: dict[str, Share] = {}
     sheets: dict[str, list[Image.Image]] = {}
-    for kind, objects in (("one object", 1), ("two objects with relation", 2)):
+    for kind, objects in KINDS.items():
         truths, prompts = draw_prompts(objects, drawings, split, seed)
         made = draw_all(assistant, prompts, config, batch_size, seed)
         arrays = [np.asarray(picture) for picture in made]
@@ -109,7 +109,7 @@ def generation(
     found |= edit_shares(asked, verdicts)
     size = assistant.processor.image_processor.size
     sheets["edits"] = [p for e, m in zip(asked, made, strict=True) for p in (picture_of(e.before, size), m)]
-    print(table(("drawn", "right [95 %]", "of"), [(name, str(value), value.total) for name, value in found.items()]))
+    _print(found)
     if pictures is not None:
         for name, listed in sheets.items():
             save_sheet(listed, Path(pictures) / f"{name.replace(' ', '-')}.png")
@@ -124,6 +124,44 @@ def generation(
     }  # fmt: skip
     write_json(output, result)
     return result
+
+
+def reader(
+    drawings: int = 500, edited: int = 300, split: Unseen = "test", seed: int = 0, size: int = 48,
+    output: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the reader that judges drawings and edits, on the true pictures of the same prompts: no model draws.
+
+    Args:
+        drawings: pictures of each kind.
+        edited: edits.
+        split: "test" or "probe", neither seen in training.
+        seed: of the choice of prompts.
+        size: side of the pictures in pixels.
+        output: JSON file to write, with a page to read (.html) beside it.
+    """
+    at_least_one(drawings=drawings, edited=edited, size=size)
+    found: dict[str, Share] = {}
+    for kind, objects in KINDS.items():
+        truths, prompts = draw_prompts(objects, drawings, split, seed)
+        found |= judge_drawings(
+            kind, truths, prompts, [truth.render(size) for truth in tqdm(truths, kind, disable=None)]
+        )
+    asked = draw_edits(edited, split, seed)
+    found |= edit_shares(asked, [judge_edit(e, e.after.render(size)) for e in tqdm(asked, "edits", disable=None)])
+    _print(found)
+    result = {
+        "split": split, "seed": seed, "shares": {name: value.numbers() for name, value in found.items()},
+        "protocol": {
+            "data": f"true pictures of unseen scenes, split {split}", "size": size, "intervals": "95 %, Wilson",
+        },
+    }  # fmt: skip
+    write_json(output, result)
+    return result
+
+
+def _print(found: dict[str, Share]) -> None:
+    print(table(("drawn", "right [95 %]", "of"), [(name, str(value), value.total) for name, value in found.items()]))
 
 
 def draw_prompts(objects: int, number: int, split: str, seed: int) -> tuple[list[Scene], list[str]]:

@@ -79,10 +79,9 @@ class Answers:
         found, before = [], len(self.failed)
         for request in tqdm(requests, desc="continuations", disable=None):
             context, wanted, *rest = request.args  # where a context is empty, lmms-eval gives no pictures
-            document = self.task_dict[rest[2]][rest[3]][rest[1]] if rest else None
-            continuation = wanted(document) if callable(wanted) else wanted
             try:
-                pictures = _pictures(rest[0], document) if rest else []
+                document, pictures = self._shown(*rest) if rest else (None, [])
+                continuation = wanted(document) if callable(wanted) else wanted
                 found.append(self._loss([user(*parts_of(context, pictures))], str(continuation)))
             except UserError as error:
                 self.failed.append(str(error))
@@ -96,8 +95,8 @@ class Answers:
 
     def _asked(self, args: tuple) -> tuple[Chat, dict[str, Any], list[str]]:
         """A request -> chat, options of generate, stop words."""
-        context, options, visuals, number, task, split = args
-        document = self.task_dict[task][split][number]
+        context, options, *place = args
+        _, pictures = self._shown(*place)
         stops = options.get("until") or []
         chosen = {name: options[name] for name in SAMPLING if options.get(name) is not None}
         if not chosen.get("temperature"):
@@ -105,8 +104,18 @@ class Answers:
         else:
             chosen["do_sample"] = True
         chosen["max_new_tokens"] = int(options.get("max_new_tokens") or NEW_TOKENS)
-        chat = [user(*parts_of(context, _pictures(visuals, document)))]
+        chat = [user(*parts_of(context, pictures))]
         return chat, chosen, [stops] if isinstance(stops, str) else list(stops)
+
+    def _shown(
+        self, visuals: Callable[[Any], Any] | None, number: int, task: str, split: str
+    ) -> tuple[Any, list[Image.Image | str]]:
+        """A document and its pictures. Raises UserError for those that cannot be read, and for other things."""
+        try:
+            document = self.task_dict[task][split][number]
+            return document, _pictures(visuals, document)
+        except OSError as error:  # Pillow's, of a damaged picture that the data set or the task opens
+            raise UserError(f"document {number} of {task}: {error}") from None
 
     def _answer(self, chats: list[Chat], options: dict[str, Any]) -> list[str]:
         """What the model says; where a batch fails, one by one, and what fails alone is noted."""

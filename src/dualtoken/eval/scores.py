@@ -94,8 +94,8 @@ def read_geneval(path: str) -> Found:
     for entry in _lines(
         path, "--geneval", "results.jsonl of GenEval's evaluate_images.py", ("tag", "correct", "metadata")
     ):
-        by_task[entry["tag"]].append(bool(entry["correct"]))
-        by_prompt[entry["metadata"]].append(bool(entry["correct"]))
+        by_task[str(entry["tag"])].append(bool(entry["correct"]))
+        by_prompt[json.dumps(entry["metadata"], sort_keys=True)].append(bool(entry["correct"]))
     tasks = {tag: share(values) for tag, values in by_task.items()}
     numbers = {"overall": fmean(one.value for one in tasks.values())}
     numbers |= {tag: one.value for tag, one in tasks.items()}
@@ -118,13 +118,14 @@ def read_wise(listed: str) -> Found:
     for path in _files(listed, "--wise"):
         for entry in _lines(path, "--wise", "scores (.jsonl) of WISE's gpt_eval.py or vllm_eval.py", ("prompt_id",)):
             kind = next((k for k in (legacy, verified) if all(isinstance(entry.get(v), int | float) for v in k)), None)
-            if kind is None or not 1 <= entry["prompt_id"] <= WISE_PROMPTS:
+            number = str(entry["prompt_id"])  # 12 or "12"
+            if kind is None or not (number.isdecimal() and 1 <= int(number) <= WISE_PROMPTS):
                 raise UserError(
                     f"--wise {path}: a line without scores, or of no prompt of WISE: {json.dumps(entry)[:120]}"
                 )
             kinds.add(kind)
             weights = (0.35, 0.1, 0.05) if kind == legacy else (1.0,)  # of scores from 0 to 2, or from 0 to 1
-            scored[entry["prompt_id"]] = sum(w * entry[name] for w, name in zip(weights, kind, strict=True))
+            scored[int(number)] = sum(w * entry[name] for w, name in zip(weights, kind, strict=True))
     if len(kinds) > 1:
         raise UserError(f"--wise {listed}: files of WISE and of WISE_Verified together; their scores differ in kind")
     categories = WISE_LEGACY if kinds == {legacy} else WISE_VERIFIED
@@ -233,6 +234,7 @@ def read_lmms(path: str) -> Found:
     numbers = {
         f"{task} {metric.removesuffix(',none')}": float(value)
         for task, metrics in results.items()
+        if isinstance(metrics, dict)
         for metric, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and "stderr" not in metric
     }

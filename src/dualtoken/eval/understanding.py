@@ -3,19 +3,20 @@
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import at_least_one
 from dualtoken.data.scene_chat import DETAIL
 from dualtoken.data.scene_text import QUESTION_TYPES, Question, answer_of, questions
 from dualtoken.data.scenes import BACKGROUNDS, COLORS, SHAPES, SPLITS, TEXTURES, Scene, scene
 from dualtoken.eval.report import Share, share, table, write_json
 from dualtoken.mllm.assistant import Assistant, user
 
+Unseen = Literal["test", "probe"]  # splits of the world that nothing learns from
 THINGS = {*COLORS, *SHAPES, *TEXTURES, *BACKGROUNDS}
 
 
@@ -37,7 +38,7 @@ def understanding(
     questions: int = 300,
     captions: int = 300,
     batch_size: int = 64,
-    split: str = "test",
+    split: Unseen = "test",
     seed: int = 0,
     output: str | None = None,
 ) -> dict[str, Any]:
@@ -52,8 +53,7 @@ def understanding(
         seed: of the choice of questions.
         output: JSON file to write, with a page to read (.html) beside it.
     """
-    if questions < 1 or captions < 1:
-        raise UserError(f"--questions {questions}, --captions {captions}: give at least 1 of each")
+    at_least_one(questions=questions, captions=captions, batch_size=batch_size)
     assistant = Assistant.open(model)
     asked = ask_questions(assistant, draw_questions(questions, split, seed), batch_size, split)
     rows, by_type = [], {}

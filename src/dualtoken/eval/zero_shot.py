@@ -42,7 +42,7 @@ def class_vectors(
     templates: Sequence[Template] = TEMPLATES,
 ) -> Tensor:
     """Unit vectors [L, C] of class names, averaged over prompt templates."""
-    filled = [[t(n) if callable(t) else t.format(n) for n in names] for t in templates]
+    filled = [[t(n) if callable(t) else t.replace("{}", n) for n in names] for t in templates]
     vectors = [embed_texts(encoder, text_tokenizer, texts) for texts in filled]
     return F.normalize(torch.stack(vectors).mean(0), dim=-1)
 

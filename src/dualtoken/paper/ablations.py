@@ -79,10 +79,15 @@ def _seeds(setting: Setting) -> list[int]:
 
 
 def layer_findings(id: str, name: str, found: dict[int, dict[str, float | None]]) -> list[str]:
-    """Whether the shallowest layer is better than the deepest (Tables 7, 8), or how much a layer changes (Table 9)."""
+    """Whether the shallowest layer is better than the deepest (Tables 7, 8), or how much a layer changes (Table 9).
+
+    Nothing of what was not measured.
+    """
     layers, said = sorted(found), []
     for key, unit in (("psnr", "dB"), ("zero_shot", "points of zero-shot accuracy")):
         values = [found[layer][key] for layer in layers]
+        if None in values:
+            continue
         spreads = [found[layer].get(key + SPREAD) or 0.0 for layer in layers]
         listed = ", ".join(
             f"layer {layer} {value:.2f} ± {sd:.2f}" for layer, value, sd in zip(layers, values, spreads, strict=True)
@@ -122,6 +127,8 @@ def table10(setting: Setting) -> Result:
     said = []
     for key, unit in (("psnr", "dB"), ("zero_shot", "% zero-shot")):
         rvq, mcq = (means[f"two vocabularies, {kind}"] for kind in ("RVQ", "MCQ"))
+        if None in (rvq[key], mcq[key]):
+            continue
         spread = (rvq.get(key + SPREAD) or 0.0) + (mcq.get(key + SPREAD) or 0.0)
         change = mcq[key] - rvq[key]
         verdict = "the same within the seeds' spread" if spread else "one seed"

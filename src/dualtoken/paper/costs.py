@@ -17,9 +17,12 @@ from dualtoken.paper.measure import BATCH, device
 from dualtoken.paper.multimodal import two_encoders
 from dualtoken.paper.numbers import paper_table
 from dualtoken.paper.trained import minutes, train_parts
+from dualtoken.tokenizer.initial import open_backbone
 
 FULL = "paper-3b"
 MEASURES = ("training memory, MiB", "drawing one picture, s", "forward, GFLOPs")
+TEXT = 64  # tokens of the prompt that is measured
+SHARE = "share, percent"  # of the LLM's parameters
 WIDTH = 512  # to which the features of a picture are averaged (appendix F.3)
 
 
@@ -27,10 +30,10 @@ def table11(setting: Setting) -> Result:
     """One kind of codes against two: measured on this device, and counted at the paper's size from shapes alone."""
     from dualtoken.analysis.cost import mllm_costs, ratio
 
-    paper, rows, said = paper_table("table11"), [], []
+    rows, said = [], []
     model = open_mllm(setting.model)[0].to(device())
     for name, built in ((setting.model, model), (f"{FULL}, counted from shapes", SHAPES[FULL].build())):
-        costs = mllm_costs(built, training=True)
+        costs = mllm_costs(built, TEXT, training=True)
         step, forward = costs["training step, gradients included"], costs["forward of a prompt and a picture"]
         drawing = costs.get("drawing one picture", {})
         for token in ("single", "dual"):
@@ -38,15 +41,21 @@ def table11(setting: Setting) -> Result:
             values = (step[token].memory / 2**20, seconds, forward[token].flops / 1e9)
             measured = {key: value for key, value in zip(MEASURES, values, strict=True) if value is not None}
             counted = built is not model
-            printed = paper.row(f"{token} token").values if counted else {}
+            printed = _printed("table11", f"{token} token") if counted else {}
             rows.append(Row(f"{name}: {token} token", measured, printed, "full" if counted else None))
         times = {"memory": ratio(step, "memory"), "GFLOPs": ratio(forward, "flops")}
         if drawing:
             times["time"] = ratio(drawing, "seconds")
         listed = ", ".join(f"{key} {value:.3f}" for key, value in times.items() if value)
         said.append(f"{name}, dual over single: {listed} (the paper: memory 1.060, time 1.136, GFLOPs 1.025).")
+        setting.protocol[name] = (
+            f"batch 1, a prompt of {TEXT} tokens and a picture of {built.config.positions} positions"
+        )
+    setting.protocol["paper"] = (
+        "batch and lengths of Table 11 are not told, so even its ratios may be of another setting"
+    )
     rows += appendix_d()
-    together = rows[-1].measured["share"]
+    together = rows[-1].measured[SHARE]
     said.append(
         f"At full size the second vocabulary adds {together:.2f} % of the LLM's parameters (the paper: 8.93 %)."
     )
@@ -62,18 +71,43 @@ def appendix_d() -> list[Row]:
         "visual head": _count(head) - _count(head.embedding),
         "code embedding": _count(head.embedding),
     }
-    paper = paper_table("appendixD")
     rows = [
-        Row(f"appendix D: {name}", {"parameters, M": n / 1e6}, paper.row(name).values, "full")
+        Row(f"appendix D: {name}", {"parameters, M": n / 1e6}, _printed("appendixD", name), "full")
         for name, n in added.items()
     ]
     total = sum(added.values())
-    measured = {"parameters, M": total / 1e6, "share": 100 * total / _count(built.llm)}
-    return [*rows, Row("appendix D: together", measured, paper.row("together").values, "full")]
+    measured = {"parameters, M": total / 1e6, SHARE: 100 * total / _count(built.llm)}
+    return [*rows, Row("appendix D: together", measured, _printed("appendixD", "together"), "full")]
+
+
+def _printed(table: str, row: str) -> dict[str, float | None]:
+    """A row of the paper, its columns with their units."""
+    units = {column.key: column.unit for column in paper_table(table).columns}
+    return {f"{key}, {units[key]}": value for key, value in paper_table(table).row(row).values.items()}
 
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def check_figure6(setting: Setting) -> None:
+    """Raise UserError where models do not go together or pictures are too few, before the baseline is trained."""
+    from dualtoken.analysis.feature_space import NEIGHBORS
+
+    one = Branches(setting.model, False, "--weights").size
+    two = Branches(setting.baseline, False, "--baseline") if setting.baseline else None
+    if two is not None and (two.tokenizer is None or two.tokenizer.pixel_encoder is None or two.size != one):
+        raise UserError(
+            f"--baseline {setting.baseline}: give a tokenizer of two encoders (recipe dual-encoder) for {one} px"
+        )
+    if two is None and one != open_backbone("mini").image_size:
+        raise UserError(f"--weights {setting.weights} takes {one} px: give a --baseline for as many")
+    source, most = open_source(DataConfig(setting.source), one, "test", "--data"), setting.count(500, 1000)
+    most = most if source.endless else min(most, len(source))
+    if 2 * most <= NEIGHBORS:  # two points of each
+        raise UserError(
+            f"--pictures, --data: {most} pictures are too few for a map, give at least {NEIGHBORS // 2 + 1}"
+        )
 
 
 def figure6(setting: Setting) -> Result:
@@ -83,8 +117,6 @@ def figure6(setting: Setting) -> Result:
     parts = [] if setting.baseline else [two_encoders(setting).part(setting)]
     other = setting.baseline or str(*train_parts(parts, setting))
     one, two = Branches(setting.model, False, "--weights"), Branches(other, False, "--baseline")
-    if two.tokenizer.pixel_encoder is None or two.size != one.size:
-        raise UserError(f"--baseline {other}: give a tokenizer of two encoders (recipe dual-encoder) for {one.size} px")
     count = setting.count(500, 1000)
     clouds = {"one encoder: shallow and deep layer": Clouds(count, WIDTH), "two encoders": Clouds(count, WIDTH)}
     source = open_source(DataConfig(setting.source), one.size, "test", "--data")

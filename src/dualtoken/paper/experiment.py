@@ -18,6 +18,7 @@ import torch
 
 from dualtoken.core.errors import UserError
 from dualtoken.core.files import whole_or_not_at_all
+from dualtoken.data.tar_shards import find_shards
 from dualtoken.eval.report import cell, write_json
 from dualtoken.mllm.presets import mllm_directory
 from dualtoken.tokenizer.presets import tokenizer_directory
@@ -90,7 +91,7 @@ class Setting:
         """All that a result depends on but the seed and the code, as ID.json has it."""
         given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
         files = [file for value in given.values() for file in (value.values() if isinstance(value, dict) else [value])]
-        asked = {"scale": self.scale, "at_most": self.pictures, "options": given, "stamps": [*map(_stamp, files)]}
+        asked = {"scale": self.scale, "at_most": self.pictures, "options": given, "stamps": [*map(stamp, files)]}
         return asked | ({"budget": self.budget} if self.scale == "mini" else {})
 
     @property
@@ -151,7 +152,8 @@ class Experiment:
         needs: of `OPTIONS`, what full scale needs.
         wants: which data and weights these are in the paper.
         also, mini: of `OPTIONS`, what full scale takes too, and what the miniature takes.
-        ready: raises UserError where what is given does not do, before long work: at full scale, or with `data`.
+        ready: raises UserError where what is given does not do, before long work; of the way of full scale alone where
+            that has one of its own (`full`).
         full: does the work at full scale, where `make` is for the miniature alone.
         multimodal: whether `Setting.weights` is a multimodal model here; else it is a tokenizer.
         models: names that `Setting.scores` may have.
@@ -218,7 +220,7 @@ class Experiment:
                 f"{id} needs the extra `{self.package}`: pip install 'dualtoken[{self.package}]', "
                 f"or in a checkout uv run --extra {self.package} dualtoken reproduce"
             )
-        if self.ready is not None and (setting.scale == "full" or setting.data is not None):
+        if self.ready is not None and (setting.scale == "full" or self.full is None):
             self.ready(setting)
 
 
@@ -319,11 +321,15 @@ def finished(place: Path, setting: Setting) -> bool:
     return same and found.get("commit") == version() and not version().endswith("+")  # changed files have no name
 
 
-def _stamp(file: str) -> list[list[int]]:
-    """Size and time of a file, or of the weights in a directory, so that a model trained anew is another one."""
-    place = Path(file)
-    found = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
-    return [[one.stat().st_size, one.stat().st_mtime_ns] for one in found]
+def stamp(path: str) -> list[int]:
+    """Number of files, bytes and latest change of a file, a folder or shards by pattern; all 0 for anything else.
+
+    So a folder with one more picture, or a model trained anew, is another one.
+    """
+    place = Path(path)
+    found = place.rglob("*") if place.is_dir() else [place] if place.exists() else find_shards(path, "--data").values()
+    files = [one.stat() for one in found if one.is_file()]
+    return [len(files), sum(one.st_size for one in files), max((one.st_mtime_ns for one in files), default=0)]
 
 
 def commit() -> str | None:

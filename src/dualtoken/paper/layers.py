@@ -72,7 +72,9 @@ def clusters(setting: Setting, id: str) -> Result:
         for one, features in zip(learnt, pooled_layers(backbone, [batch.images], taps), strict=True):
             one.learn(features)
         names += batch.names
+    number = min(number, reading.used)  # some files may be no pictures
     for one in learnt:
+        one.clusters = number
         one.finish()
     groups, assigned = [Members(number, 0, MEMBERS) for _ in taps], [[] for _ in taps]
     for batch in reading:

@@ -21,7 +21,7 @@ from dualtoken.eval.commands import reconstruction, zero_shot
 from dualtoken.eval.prompts import class_names
 from dualtoken.eval.reconstruction import evaluate_reconstruction, inception_distance
 from dualtoken.eval.zero_shot import Embed, accuracy, class_vectors, embed_texts, quantized_embed, retrieval
-from dualtoken.paper.experiment import SPREAD, Setting
+from dualtoken.paper.experiment import SPREAD, Setting, stamp
 from dualtoken.paper.side_by_side import helpers
 from dualtoken.paper.trained import Part, digest, remembered, stale
 from dualtoken.tokenizer.presets import open_tokenizer
@@ -59,6 +59,7 @@ class Judge:
     def __init__(self, setting: Setting, encoder: str):
         self.setting, self.name = setting, encoder
         self.count = setting.count(500, 50000)
+        self.skipped: list[str] = []  # of `batches`
 
     @cached_property
     def pair(self) -> Any:
@@ -72,16 +73,18 @@ class Judge:
         """The pictures."""
         source = open_source(DataConfig(self.setting.source), self.pair.encoder.backbone.image_size, "test", "--data")
         self.classes = source.classes
-        return list(read_in_order(source, self.count, BATCH, self.setting.skipped))
+        return list(read_in_order(source, self.count, BATCH, self.skipped))
 
     @cached_property
     def teacher(self) -> Tensor:
         """Unit vectors [M, C] of the pictures by the continuous encoder."""
         return self._embed(self.pair.encoder.embed_image)
 
-    def teacher_row(self) -> dict[str, float]:
+    def teacher_row(self) -> dict[str, float | None]:
         """The teacher itself, as `measure` gives it."""
-        return self._meaning(self.teacher)
+        found = self._meaning(self.teacher)
+        self.setting.skipped.extend(self.skipped)
+        return found
 
     def measure_all(self, parts: Sequence[Part]) -> None:
         """Measure trained parts that have not been, `Setting.processes` at a time; `measure` then finds it."""
@@ -105,19 +108,30 @@ class Judge:
 
     def _place(self, part: Part) -> Path:
         """The file of what was measured."""
-        where = [told for told in (self.setting.data, self.setting.inception) if told]
-        mark = f"-{digest(where)}" if where else ""
-        return part.folder(self.setting) / f"measured-{self.setting.scale}-{self.count}{mark}.json"
+        return part.folder(self.setting) / f"measured-{self.setting.scale}-{self.count}{self._mark}.json"
 
-    def _measure(self, model: Path) -> dict[str, float | None]:
+    @cached_property
+    def _mark(self) -> str:
+        """What tells pictures and Inception weights from others."""
+        where = [(told, stamp(told)) for told in (self.setting.data, self.setting.inception) if told]
+        return f"-{digest(where)}" if where else ""
+
+    def _measure(self, model: Path) -> dict[str, Any]:
         if self.setting.scale == "full":
             return self._measure_full(str(model))
         tokenizer = open_tokenizer(str(model)).to(device())
         pictures = (batch.images for batch in self.batches)
         back = evaluate_reconstruction(tokenizer, pictures, self.pair.encoder.backbone)
-        return {name: getattr(back, name) for name in PIXELS} | self._meaning(self._embed(quantized_embed(tokenizer)))
+        found = {name: getattr(back, name) for name in PIXELS} | self._meaning(self._embed(quantized_embed(tokenizer)))
+        return found | {"skipped": self.skipped, "protocol": self._protocol()}
 
-    def _measure_full(self, model: str) -> dict[str, float | None]:
+    def _protocol(self) -> dict[str, str]:
+        """On how many pictures the miniature is measured."""
+        total, labelled = len(self._captions), sum(int((batch.labels >= 0).sum()) for batch in self.batches)
+        what = "unseen scenes" if self.setting.source == "scenes" else f"pictures of {self.setting.source}"
+        return {"tokenizers": f"measured on {total} {what}, zero-shot accuracy on the {labelled} that have a class"}
+
+    def _measure_full(self, model: str) -> dict[str, Any]:
         told = {"model": model, "encoder": self.name, "data": self.setting.source, "images": self.count}
         back = reconstruction(**told, inception_weights=self.setting.inception)
         seen = zero_shot(**told, classes="imagenet", templates="openai")
@@ -130,15 +144,19 @@ class Judge:
     def _embed(self, embed: Embed) -> Tensor:
         return torch.cat([embed(to_float(batch.images.to(device()))).cpu() for batch in self.batches])
 
-    def _meaning(self, vectors: Tensor) -> dict[str, float]:
-        """Unit vectors [M, C] of all pictures -> measures, in percent but for the cosine with the teacher's."""
+    def _meaning(self, vectors: Tensor) -> dict[str, float | None]:
+        """Unit vectors [M, C] of all pictures -> measures, in percent but for the cosine with the teacher's.
+
+        None for zero-shot accuracy where no picture has a label.
+        """
         labels = torch.cat([batch.labels for batch in self.batches])
         known = labels >= 0  # scenes of one object, by color and shape
-        by_class = accuracy(vectors[known], self._classes, labels[known]) if bool(known.any()) else float("nan")
+        by_class = accuracy(vectors[known], self._classes, labels[known]) if bool(known.any()) else None
         there, back = retrieval(vectors, self._texts, [[text] for text in self._captions])
         cosine = float(F.cosine_similarity(vectors, self.teacher).mean())
         shares = {"zero_shot": by_class, "text_to_image": there, "image_to_text": back}
-        return {name: 100 * value for name, value in shares.items()} | {"teacher_cosine": cosine}
+        percent = {name: None if value is None else 100 * value for name, value in shares.items()}
+        return percent | {"teacher_cosine": cosine}
 
     @cached_property
     def _captions(self) -> list[str]:

@@ -11,7 +11,7 @@ from dualtoken.core.errors import UserError
 from dualtoken.eval.reconstruction import INCEPTION
 from dualtoken.eval.report import table
 from dualtoken.paper.ablations import table7, table8, table9, table10
-from dualtoken.paper.costs import figure6, table11
+from dualtoken.paper.costs import check_figure6, figure6, table11
 from dualtoken.paper.experiment import BUDGET, OPTIONS, Experiment, Setting, command_of, finished
 from dualtoken.paper.layers import figure3, figure7, figure8
 from dualtoken.paper.measure import check_measuring
@@ -105,7 +105,7 @@ EXPERIMENTS = {
     "fig6": Experiment(
         paper_figure("fig6").title, paper_figure("fig6").claim, figure6, 6, ("data", "weights", "baseline"),
         f"a tokenizer (--weights), one of two encoders (--baseline, recipe dual-encoder), and {PHOTOS}",
-        mini=("data", "weights", "baseline"), package="umap",
+        mini=("data", "weights", "baseline"), ready=check_figure6, package="umap",
     ),
     "fig3": Experiment(
         paper_figure("fig3").title, paper_figure("fig3").claim, figure3, 1, ("data", "encoder"),
@@ -133,7 +133,7 @@ def reproduce(
     pictures: int | None = None,
     seed: int = 0,
     again: bool = False,
-    budget: float = BUDGET,
+    budget: float | None = None,
     parts: str | None = None,
     inception: str | None = None,
     lpips: str | None = None,
@@ -157,7 +157,8 @@ def reproduce(
         seed: of everything random.
         again: make it also where the folder holds it, made at the same commit, and measure everything anew; trained
             parts are kept.
-        budget: minutes of a table in miniature: at 30 every part is trained for its own steps, at 15 for half of them.
+        budget: minutes of a table in miniature: at 30, the default, every part is trained for its own steps, at 15 for
+            half of them.
         parts: folder of trained parts, which tables share; default: OUTPUT/parts.
         inception: torch-fidelity's Inception weights, for rFID at full scale.
         lpips: torchvision's VGG-16 weights, for LPIPS in the tokenizers that are trained at full scale; without it
@@ -169,6 +170,9 @@ def reproduce(
             one table in miniature, parts that are trained at a time. Default: in miniature on a CPU of at least two
             cores 2, otherwise 1.
     """
+    if budget is not None and scale == "full":
+        raise UserError(f"--budget {budget:g}: reproduce {id} does not take it at full scale")
+    budget = BUDGET if budget is None else budget
     if budget <= 0 or seed < 0:
         raise UserError(f"--budget {budget:g}, --seed {seed}: give a budget above 0 and a seed of at least 0")
     if pictures is not None and pictures < 1:
