@@ -1,9 +1,10 @@
 """Drawing with guidance: whole pictures' codes, by batch size, engine, and number of vocabularies.
 
 On the CPU the bundled miniature; on a GPU the paper's 3B shape at random in bfloat16 (256 positions, D 4). References:
-the same model with a depth transformer that starts anew at every depth, and transformers' own Janus (its image loop,
-one code a position where ours draws D of two vocabularies) with an LLM of the same size at random. Limit: the LLM's
-cached passes alone; on a GPU also reading every weight once a position.
+on the CPU the same model with a depth transformer that starts anew at every depth; but for 8 pictures transformers' own
+Janus (its image loop, one code a position where ours draws D of two vocabularies) with an LLM of the same size at
+random. Limit: the LLM's cached passes alone; for one picture on a GPU also a copy of as many bytes as a position has
+weights to read, those of the heads' blocks D times.
 """
 
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def cases(options: Options) -> list[Case]:
                              partial(janus, batch, options), batch, "Janus"))  # fmt: skip
         made.append(Case(group, "the LLM's passes alone", "limit", partial(passes, batch, options), batch, "LLM alone"))
         if gpu and batch == 1:
-            made.append(Case(group, "reading all weights once a position", "limit", partial(reading, options)))
+            made.append(Case(group, "copying the bytes of a position's weights", "limit", partial(reading, options)))
     return made
 
 
@@ -189,7 +190,7 @@ def janus(batch: int, options: Options) -> Work:
 
 
 def passes(batch: int, options: Options) -> Work:
-    """The prompt and then every position through the LLM alone, as our fastest engine does it."""
+    """The prompt and then every position through the LLM alone, as "graph" does it, on a CPU as "static"."""
     model = model_of(options)
     with torch.no_grad():
         rows = join(model, [*prompts(model, batch)[0], *prompts(model, batch)[1]], model.config.positions)

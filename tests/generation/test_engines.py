@@ -1,7 +1,8 @@
 """Ways of computing a position, all with the codes of the plain one."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,21 @@ def test_pictures_are_those_of_the_plain_engine(engine, guidance, sampling):
     assert len({tuple(row) for row in plain.pixel.flatten(1).tolist()}) > 1
 
 
+@pytest.mark.parametrize(
+    ("attention", "kind"), [("sdpa", torch.bfloat16), ("eager", torch.bfloat16), ("sdpa", torch.float16)]
+)
+def test_under_autocast_pictures_are_those_of_the_plain_engine(monkeypatch, attention, kind):
+    model, processor = shared()
+    masks, read = [], GrowingContext._pass
+    monkeypatch.setattr(model.llm.config, "_attn_implementation", attention)
+    monkeypatch.setattr(FixedContext, "_pass", lambda context, *given: masks.append(given[1]) or read(context, *given))
+    given = inputs(processor, chats())  # padded rows
+    with torch.autocast("cpu", kind):
+        plain = draw(model, given, "plain", 3.0, FREE)
+        assert same(draw(model, given, "static", 3.0, FREE), plain)
+    assert all(mask.to(kind).isfinite().all() for mask in masks)  # as attention takes them
+
+
 class NoStream:
     """In place of a CUDA stream: what is asked of it, in order."""
 
@@ -70,6 +86,35 @@ def test_heads_side_by_side_wait_for_the_state_and_are_waited_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(said.append(f"on {stream.name}")))
     assert same(draw(model, given, "graph", 3.0, FREE), plain)
     assert said[:5] == ["beside waits for main", "on beside", "semantic", "pixel", "main waits for beside"]
+
+
+def test_a_step_is_recorded_on_its_own_stream_and_no_other_at_the_same_time(monkeypatch):
+    """A recording with stand-ins for what a GPU alone has."""
+    said, streams = [], []
+
+    def stream(*device):
+        streams.append(NoStream(f"stream {len(streams)}", said))
+        return streams[-1]
+
+    @contextmanager
+    def graph(recording, stream, capture_error_mode):
+        said.append(f"recorded on {stream.name}, {capture_error_mode}, {image.ONE_AT_A_TIME.locked()}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: NoStream("main", said))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: said.append("played")))
+    steps = [image.Recorded(lambda: said.append("step")) for _ in range(2)]
+    for number, step in enumerate(steps):
+        for _ in range(image.WARM_UP):
+            step()
+        said.clear()
+        step()
+        step()
+        assert said == [f"recorded on stream {number}, thread_local, True", "step", "played", "played"]
+    assert not image.ONE_AT_A_TIME.locked()
 
 
 def test_a_model_with_learnt_places_draws_the_same():
@@ -155,8 +200,6 @@ def test_a_drawing_begins_anew_with_other_prompts_in_the_same_room():
 
 
 def test_auto_records_on_a_gpu_what_it_was_run_with(monkeypatch):
-    from types import SimpleNamespace
-
     model, _ = lively()
     layers = SimpleNamespace(plain_layers=lambda held: held.llm.config.hidden_act == "silu")
     monkeypatch.setattr(image, "kernels", lambda device: layers)
@@ -193,6 +236,17 @@ def test_a_recording_is_known_by_all_that_it_holds_on_to():
     assert changes() and not changes()
     with torch.inference_mode():
         assert changes()
+    assert changes() and not changes()
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"
+        assert changes()
+        torch.use_deterministic_algorithms(True)
+        assert changes() and not changes()
+    finally:
+        products.fp32_precision = before
+        torch.use_deterministic_algorithms(False)
     assert changes() and not changes()
     model.llm.train(not model.llm.training)
     assert changes()

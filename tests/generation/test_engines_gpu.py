@@ -63,7 +63,8 @@ def test_auto_takes_the_recorded_steps(model):
     assert image.engine_of(model, DrawConfig()).engine == "graph"
 
 
-def test_playing_a_recording_waits_for_nothing(model):
+@torch.no_grad()
+def test_neither_playing_a_recording_nor_the_step_itself_waits(model):
     draw(model, given(2), "graph", 3.0, FREE)
     drawing, step = kept(model)
     drawing.restart(drawing.rows, [0, 1])
@@ -71,5 +72,6 @@ def test_playing_a_recording_waits_for_nothing(model):
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
+        drawing.advance()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -73,6 +73,9 @@ def test_other_llms_are_left_to_transformers():
     assert not fits(Holder(llm("llama", mlp_bias=True)), 2)
     assert not fits(Holder(llm(use_sliding_window=True, max_window_layers=1)), 2)
     assert not fits(Holder(llm(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})), 2)
+    flash = llm()
+    flash.config._attn_implementation = "flash_attention_2"
+    assert not fits(Holder(flash), 2)
     hooked = llm()
     hooked.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert not fits(Holder(hooked), 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -225,3 +226,13 @@ def test_a_helper_works_beside_and_its_failure_is_left_to_the_one_that_it_helps(
         assert torch.get_num_threads() == threads
     assert len(list(tmp_path.glob("*.txt"))) == 2 and not (tmp_path / f"{os.getpid()}.txt").exists()
     assert "no luck" in (tmp_path / "out" / "helper-1.log").read_text()
+
+
+@pytest.mark.parametrize(("code", "works"), [(None, True), ("abc", True), ("def", False)])
+def test_a_helper_of_other_code_leaves_the_work(tmp_path, monkeypatch, capsys, code, works):
+    monkeypatch.setattr(side_by_side, "_begin", lambda threads: None)  # it runs here
+    monkeypatch.setattr(side_by_side, "_into_log", lambda place: nullcontext())
+    monkeypatch.setattr(side_by_side, "version", lambda: "abc")
+    side_by_side._help(marked, tmp_path, Setting(out=tmp_path, code=code), 1, tmp_path / "helper-1.log")
+    assert bool(list(tmp_path.glob("*.txt"))) == works
+    assert ("the run is of def" in capsys.readouterr().out) != works

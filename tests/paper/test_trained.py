@@ -9,7 +9,7 @@ from PIL import Image
 
 from dualtoken.cli import main
 from dualtoken.data.scenes import scene
-from dualtoken.paper import ablations, table3, trained
+from dualtoken.paper import ablations, experiment, table3, trained
 from dualtoken.paper.ablations import layer_findings
 from dualtoken.paper.experiment import Setting
 from dualtoken.paper.measure import Judge
@@ -59,7 +59,8 @@ def test_table3_and_table10_run_through_and_share_what_they_train(tmp_path, few,
     monkeypatch.setitem(trained.COMMANDS, "train-tokenizer", lambda **told: (ran.append(told["output"]), train(**told)))
     trained._parser.cache_clear()
     monkeypatch.setattr(trained, "_parser", _parser_of(train))
-    monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abc")
+    own = experiment.commit
+    monkeypatch.setattr(experiment, "commit", lambda: "abc")
     assert main(["reproduce", "table3", "--out", str(tmp_path), *TINY]) == 0
     assert len(ran) == len(CASES)
     found = json.loads((tmp_path / "table3.json").read_text())
@@ -73,16 +74,39 @@ def test_table3_and_table10_run_through_and_share_what_they_train(tmp_path, few,
     assert not list((tmp_path / "parts").rglob("states"))
     assert main(["reproduce", "table3", "--out", str(tmp_path), "--again", "true", *TINY]) == 0
     assert len(ran) == len(CASES)  # all was there
+    monkeypatch.setattr(ablations, "SEEDS", 2)
     assert main(["reproduce", "table10", "--out", str(tmp_path), *TINY]) == 0
-    assert len(ran) == len(CASES) + 2  # RVQ is row (d)
+    assert len(ran) == len(CASES) + 5  # RVQ of the first seed is row (d)
+    monkeypatch.setattr(experiment, "commit", own)  # a helper has the true one
     alone = json.loads((tmp_path / "table10.json").read_text())["rows"]
     for more in (["--again", "true"], ["--seed", "1"]):  # measured anew, and trained, by two processes
         assert main(["reproduce", "table10", "--out", str(tmp_path), *TINY[:-1], "2", *more]) == 0
         found = json.loads((tmp_path / "table10.json").read_text())
-        if found["seeds"] == [0]:
+        if found["seeds"] == [0, 1]:
             assert [r["measured"].keys() for r in found["rows"]] == [r["measured"].keys() for r in alone]
             assert found["rows"][0]["measured"]["psnr"] == pytest.approx(alone[0]["measured"]["psnr"], rel=1e-6)
-    assert len(list((tmp_path / "parts").glob("tokenizer-*/done.json"))) > len(CASES) + 2
+        assert "Traceback" not in (tmp_path / "helper-1.log").read_text()  # it began, and met nothing
+    assert len(list((tmp_path / "parts").glob("tokenizer-*/done.json"))) == len(CASES) + 5 + 3  # of seed 2
+
+
+def test_table10_trains_all_and_measures_all_at_once(tmp_path, monkeypatch):
+    asked = []
+
+    class NoJudge:
+        def __init__(self, setting, encoder):
+            pass
+
+        def measure_all(self, parts):
+            asked.append(parts)
+
+        def measure(self, part):
+            return {"psnr": 20.0, "zero_shot": 50.0}
+
+    monkeypatch.setattr(ablations, "Judge", NoJudge)
+    monkeypatch.setattr(ablations, "train_parts", lambda parts, setting: asked.append(parts))
+    monkeypatch.setattr(ablations, "minutes", lambda parts, setting: asked.append(parts) or {})
+    assert len(ablations.table10(Setting(out=tmp_path)).rows) == 3
+    assert len(asked) == 3 and asked[0] == asked[1] == asked[2] and len(asked[0]) == 3 * ablations.SEEDS
 
 
 @pytest.mark.parametrize(("spread", "words"), [(0.1, ("Shown", "The reverse")), (2.0, ("Not decided", "Not decided"))])
@@ -217,6 +241,19 @@ def test_accuracy_of_no_labelled_picture_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(Judge, "measure", lambda self, part: found[2])
     result = ablations.table10(Setting(out=tmp_path))
     assert len(result.findings) == 1 and result.rows[0].measured["zero_shot"] is None
+
+
+def test_a_part_says_the_version_that_its_training_began_with(tmp_path, monkeypatch):
+    part, versions = Variant(2, 5).part(Setting(out=tmp_path)), ["before"]
+    monkeypatch.setattr(trained, "version", lambda: versions[-1])
+    monkeypatch.setattr(trained, "_parser", _parser_of(trained.COMMANDS["train-tokenizer"]))
+    monkeypatch.setitem(trained.COMMANDS, "train-tokenizer", lambda **told: versions.append("after"))
+    for code, said in ((None, "before"), ("of the run", "of the run")):
+        versions[:] = ["before"]
+        setting = Setting(out=tmp_path / said, code=code)
+        trained.train_parts([part], setting)
+        trained.minutes([part], setting)
+        assert setting.made == {said} and versions[-1] == "after"
 
 
 def _parser_of(function):

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from dualtoken.core.errors import UserError
+from dualtoken.tokenizer import quantizer
 from dualtoken.tokenizer.quantizer import QuantizerConfig, nearest_codes
 
 SCRIPT = """
@@ -39,3 +41,37 @@ def test_a_cpu_takes_blocks_whatever_is_asked_for_and_other_words_are_refused():
     assert torch.equal(QuantizerConfig(search="triton").nearest(x, weight), nearest_codes(x, weight, 256))
     with pytest.raises(UserError, match=r"quantizer\.search='fast' must be"):
         QuantizerConfig(search="fast")
+
+
+class Driver:
+    """In place of Triton's, which compiles C when it is first asked."""
+
+    def __init__(self, error):
+        self.error = error
+
+    @property
+    def utils(self):
+        if self.error is not None:
+            raise self.error
+        return object()
+
+
+@pytest.mark.parametrize(
+    ("error", "cuda", "capability", "ready"),
+    [
+        (None, "13.0", (9, 0), True),
+        (RuntimeError("Failed to find C compiler"), "13.0", (9, 0), False),
+        (subprocess.CalledProcessError(1, "gcc"), "13.0", (9, 0), False),  # no Python.h
+        (None, "13.0", (7, 5), False),
+        (None, None, (9, 0), False),
+    ],
+)
+def test_the_kernel_is_at_hand_where_triton_works(monkeypatch, error, cuda, capability, ready):
+    runtime = ModuleType("triton.runtime")
+    runtime.driver = SimpleNamespace(active=Driver(error))
+    for module in (ModuleType("triton"), runtime):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(quantizer, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert quantizer.kernel_at_hand.__wrapped__(torch.device("cuda")) is ready

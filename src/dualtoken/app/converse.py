@@ -101,7 +101,7 @@ def draw(
         semantic_codes: false draws with pixel codes alone.
         scale: enlarge the files by a whole number, to look at small pictures.
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
-            the model's, which is auto.
+            the model's (auto in new ones).
     """
     _check(number, scale)
     assistant = Assistant.open(model, engine=engine)
@@ -137,7 +137,7 @@ def edit(
         pixel, semantic: sampling of each head.
         scale: enlarge the files by a whole number.
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
-            the model's, which is auto.
+            the model's (auto in new ones).
     """
     _check(number, scale)
     picture = read_image(image)
@@ -176,7 +176,7 @@ def story(
         scale: enlarge the files by a whole number.
         max_new_tokens: longest stretch of words between pictures.
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
-            the model's, which is auto.
+            the model's (auto in new ones).
     """
     _check(1, scale)
     paths = [image] if isinstance(image, str) else image or []

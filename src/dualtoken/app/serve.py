@@ -43,7 +43,7 @@ def serve(
         max_pixels: largest picture in a request, width x height.
         allow_urls: fetch pictures from public addresses that a request names.
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
-            the model's, which is auto.
+            the model's (auto in new ones).
     """
     for option, value in (("timeout_s", timeout_s), ("max_request_mb", max_request_mb), ("max_pixels", max_pixels)):
         if value <= 0:

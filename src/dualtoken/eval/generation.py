@@ -82,7 +82,7 @@ def generation(
         samples: with --benchmark geneval: pictures of each prompt, 4 as published.
         template: with --benchmark: what the model is told, {} being the prompt, as "draw {}".
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
-            the model's, which is auto.
+            the model's (auto in new ones).
     """
     if benchmark is None and prompts is not None:
         raise UserError(f"--prompts {prompts}: say of which --benchmark they are")

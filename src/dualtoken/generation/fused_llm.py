@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from dualtoken.generation.context import Model
-from dualtoken.generation.llm_cache import FixedContext
+from dualtoken.generation.llm_cache import FixedContext, takes_masks
 
 ROWS = 4  # beyond, libraries' products are faster
 BLOCK_N, BLOCK_K, BLOCK_L = 4, 512, 64  # outputs and inputs of a product, places of the cache
@@ -168,7 +168,7 @@ def plain_layers(model: Model) -> bool:
     return (
         head == triton.next_power_of_2(head)
         and {p.device for p in base.parameters()} == {model.device}
-        and set(getattr(base.config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and takes_masks(model.llm.config)
         and turns.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
         and turns.get("partial_rotary_factor", 1.0) == 1.0
         and not (base.training and base.config.attention_dropout)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from threading import Lock
 from types import ModuleType
 
 import torch
@@ -27,6 +28,7 @@ from dualtoken.tokenizer.quantizer import kernel_at_hand
 
 RECORDED = ("graph", "compiled")  # engines whose steps are recorded on a GPU
 WARM_UP = 3  # positions drawn before a graph is recorded, so that libraries have made their choices and buffers
+ONE_AT_A_TIME = Lock()  # torch records one graph at a time in a process
 
 
 class FeatureSteps:
@@ -144,8 +146,8 @@ def engine_of(model: Model, config: DrawConfig) -> DrawConfig:
     """The settings with "auto" resolved: "graph" on a GPU for LLMs of the kind that it was run with, else "plain"."""
     if config.engine != "auto":
         return config
-    ready = kernels(model.device) and model.llm.config._attn_implementation in ("sdpa", "eager")
-    return replace(config, engine="graph" if ready and kernels(model.device).plain_layers(model) else "plain")
+    module = kernels(model.device)
+    return replace(config, engine="graph" if module and module.plain_layers(model) else "plain")
 
 
 def kernels(device: torch.device) -> ModuleType | None:
@@ -194,7 +196,8 @@ class Recorded:
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # recorded, not run
+            own = {"stream": self.aside, "capture_error_mode": "thread_local"}  # torch's is of the GPU it met first
+            with ONE_AT_A_TIME, torch.cuda.graph(self.graph, **own):  # recorded, not run
                 self.step()
         self.graph.replay()
 
@@ -236,6 +239,9 @@ def recorded_for(model: Model, config: DrawConfig) -> tuple:
         repr(config), model.config.output, model.llm.config._attn_implementation,
         tuple((m.training, *m._forward_hooks, *m._forward_pre_hooks) for m in model.modules()),
         torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_inference_mode_enabled(),
+        # fp32_precision is there from torch 2.9 on; where it was set, the older question raises.
+        getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
         tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers())),
         tuple((m.disable_adapters, *m.active_adapters, *getattr(m, "merged_adapters", ()),
                *getattr(m, "scaling", {}).items()) for m in adapters),

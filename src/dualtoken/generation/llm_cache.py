@@ -9,7 +9,7 @@ Shapes: B rows, T places of the prompt, L places in all, H width of the LLM.
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
 from dualtoken.core.errors import UserError
 from dualtoken.generation.context import Model
@@ -43,6 +43,26 @@ def room_for(prompt: int, new: int) -> int:
     return -(-(prompt + new) // ROUND) * ROUND
 
 
+def takes_masks(settings: PreTrainedConfig) -> bool:
+    """Whether all layers of an LLM see everything, by an attention that takes the masks made here."""
+    return _kinds(settings) == {"full_attention"} and settings._attn_implementation in ("sdpa", "eager")
+
+
+def _kinds(settings: PreTrainedConfig) -> set[str]:
+    return set(getattr(settings, "layer_types", None) or ["full_attention"])
+
+
+class CastCache(StaticCache):
+    """Fixed room of one dtype a layer: autocast gives values of another than the keys, and later keys than the first.
+
+    What it casts up or down is cast the same again by the attention, which autocast runs in its own dtype.
+    """
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        kind = getattr(self.layers[layer_idx], "dtype", keys.dtype)
+        return super().update(keys.to(kind), values.to(kind), layer_idx, *args, **kwargs)
+
+
 class FixedContext(GrowingContext):
     """Keys and values have L places from the start; the masks are made here, without a look at what is in them.
 
@@ -52,14 +72,14 @@ class FixedContext(GrowingContext):
     def __init__(self, model: Model, mask: Tensor, places: Tensor, new: int):
         super().__init__(model, mask, places, new)
         settings = model.llm.config
-        kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or settings._attn_implementation not in ("sdpa", "eager"):
+        if not takes_masks(settings):
             raise UserError(
-                f"draw engine: {type(model.llm).__name__} has layers of {', '.join(sorted(kinds))} and the attention "
-                f"{settings._attn_implementation!r}; engines but 'plain' need full attention by 'sdpa' or 'eager'"
+                f"draw engine: {type(model.llm).__name__} has layers of {', '.join(sorted(_kinds(settings)))} and the "
+                f"attention {settings._attn_implementation!r}; engines but 'plain' need full attention by 'sdpa' or "
+                "'eager'"
             )
         length = room_for(mask.shape[1], new)
-        self.cache = StaticCache(config=settings, max_cache_len=length)
+        self.cache = CastCache(config=settings, max_cache_len=length)
         self.real = torch.ones(len(mask), 1, 1, length, dtype=torch.bool, device=mask.device)
         self.numbers = torch.arange(length, device=mask.device)
         self.done = torch.zeros(1, dtype=torch.int64, device=mask.device)  # places that are filled
@@ -78,8 +98,11 @@ class FixedContext(GrowingContext):
         count = embeds.shape[1]
         rows = self.done + self.numbers[:count]
         seen = self.real & (self.numbers <= rows[:, None])  # [B, 1, T, L]
-        # Numbers in place of yes and no, which both kinds of attention add; a row that sees nothing stays finite.
-        mask = torch.zeros_like(seen, dtype=embeds.dtype).masked_fill(~seen, torch.finfo(embeds.dtype).min)
+        # Numbers in place of yes and no, which both kinds of attention add; a row that sees nothing stays finite, so
+        # they are of the dtype that attention is computed in.
+        at = embeds.device.type
+        kind = torch.get_autocast_dtype(at) if torch.is_autocast_enabled(at) else embeds.dtype
+        mask = torch.zeros_like(seen, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)
         hidden = self._pass(embeds, mask)
         self.done.add_(count)
         self.next_place.add_(1)

@@ -115,15 +115,16 @@ def table10(setting: Setting) -> Result:
         "DualToken (RVQ)": ("two vocabularies, RVQ", {"name": "d", "quantizer": "rvq"}),
         "DualToken (MCQ)": ("two vocabularies, MCQ", {"name": "d", "quantizer": "mcq"}),
     }
-    judge, rows, trained, means = Judge(setting, setting.encoder or "mini"), [], [], {}
-    for paper, (label, told) in kinds.items():
+    judge, rows, made, means = Judge(setting, setting.encoder or "mini"), [], {}, {}
+    for paper, (_, told) in kinds.items():
         variants = [replace(same_run(setting, told["name"], seed=seed), quantizer=told["quantizer"]) for seed in seeds]
-        parts = [variant.part(setting) for variant in variants]
-        train_parts(parts, setting)
-        judge.measure_all(parts)
-        means[label] = over_seeds([judge.measure(part) for part in parts])
+        made[paper] = [variant.part(setting) for variant in variants]
+    parts = [part for group in made.values() for part in group]
+    train_parts(parts, setting)
+    judge.measure_all(parts)
+    for paper, (label, _) in kinds.items():
+        means[label] = over_seeds([judge.measure(part) for part in made[paper]])
         rows.append(Row(label, means[label], paper_table("table10").row(paper).values))
-        trained += parts
     said = []
     for key, unit in (("psnr", "dB"), ("zero_shot", "% zero-shot")):
         rvq, mcq = (means[f"two vocabularies, {kind}"] for kind in ("RVQ", "MCQ"))
@@ -135,4 +136,4 @@ def table10(setting: Setting) -> Result:
         if abs(change) > spread > 0:
             verdict = "better" if change > 0 else "worse"
         said.append(f"MCQ {mcq[key]:.2f} {unit}, RVQ {rvq[key]:.2f}: {verdict} (the paper: better).")
-    return Result(rows, said, parts=minutes(trained, setting), seeds=seeds)
+    return Result(rows, said, parts=minutes(parts, setting), seeds=seeds)

@@ -52,6 +52,7 @@ class Setting:
         skipped, protocol, made: pictures that could not be read, how it was measured, and the commits of trained parts
             and measures that were there before; filled while an experiment runs.
         since: when the run began, in seconds of the clock: what was measured later is taken also with `again`.
+        code: the version that runs, whatever becomes of the files meanwhile; None before an experiment begins.
     """
 
     scale: Scale = "mini"
@@ -75,6 +76,7 @@ class Setting:
     protocol: dict[str, Any] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
     since: float = field(default_factory=time.time)
+    code: str | None = None
 
     @property
     def source(self) -> str:
@@ -234,12 +236,12 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
     setting.skipped.clear()
     setting.protocol.clear()
     setting.made.clear()
-    code = version()  # that runs, whatever becomes of the files meanwhile
+    setting = replace(setting, code=version())
     make = experiment.full if setting.scale == "full" and experiment.full else experiment.make
     result = make(setting)
     found = {
         "id": id, "title": experiment.title, "claim": experiment.claim, **setting.asked,
-        "seeds": result.seeds or [setting.seed], "commit": code,
+        "seeds": result.seeds or [setting.seed], "commit": setting.code,
         "made_at": sorted(setting.made), "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2),
         "parts": result.parts, "findings": result.findings,
         "pictures": result.pictures, "skipped": sorted(set(setting.skipped)), "protocol": setting.protocol,

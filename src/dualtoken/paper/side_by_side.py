@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from dualtoken.core.errors import UserError
-from dualtoken.paper.experiment import Experiment, Scale, Setting, run
+from dualtoken.paper.experiment import Experiment, Scale, Setting, run, version
 
 Work = tuple[str, Experiment, Setting]  # what `experiment.run` takes
 
@@ -115,6 +115,7 @@ def helpers(work: Callable[[Any, Setting], None], what: Any, setting: Setting, n
     """While it lasts, so many further processes do the same work, and each has its share of the cores.
 
     What one of them fails at is left for this process, which then meets the same; its output is in OUTPUT/helper-N.log.
+    One that would run other code than this process, because files were changed since, leaves all to it.
     """
     threads, share = torch.get_num_threads(), max(1, _cores() // (number + 1))
     context, started = multiprocessing.get_context("spawn"), []
@@ -144,6 +145,9 @@ def helpers(work: Callable[[Any, Setting], None], what: Any, setting: Setting, n
 def _help(work: Callable[[Any, Setting], None], what: Any, setting: Setting, threads: int, log: Path) -> None:
     with _into_log(log):
         _begin(threads)
+        if setting.code not in (None, version()):
+            print(f"the run is of {setting.code}, the files are now of {version()}: nothing is done here")
+            return
         work(what, setting)
 
 

@@ -121,7 +121,7 @@ def remembered(place: Path, setting: Setting, make: Callable[[], dict[str, Any]]
     """What was measured before and is kept in a JSON file, or is measured now; its commit goes to `setting.made`."""
     with FileLock(f"{place}.lock"):  # another process that wants the same waits for it
         if stale(place, setting):
-            kept = {"commit": version(), "at": time.time(), "found": make()}
+            kept = {"commit": setting.code or version(), "at": time.time(), "found": make()}
             with whole_or_not_at_all(place) as draft:
                 draft.write_text(json.dumps(kept, indent=1))
     kept = json.loads(place.read_text())
@@ -183,7 +183,7 @@ def _train(part: Part, setting: Setting) -> bool:
 
 def _run(part: Part, folder: Path, models: dict[str, Path], setting: Setting) -> None:
     """The training command in the part's folder; its states are removed when it is done."""
-    start = time.time()
+    start, code = time.time(), setting.code or version()
     content = part.content() | {name: str(path) for name, path in models.items()} | {"output": str(folder)}
     if part.command == "train-mllm":
         content["data"] = content["data"] | {"codes": str(_codes(content, setting))}
@@ -193,7 +193,7 @@ def _run(part: Part, folder: Path, models: dict[str, Path], setting: Setting) ->
     COMMANDS[part.command](**parser.instantiate(parsed).as_dict())
     told = {
         "minutes": round((time.time() - start) / 60, 3),
-        "commit": version(),
+        "commit": code,
         "command": part.command,
         "content": content,
     }

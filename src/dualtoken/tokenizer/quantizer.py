@@ -41,8 +41,8 @@ class QuantizerConfig:
             vector of the batch; 0 = never.
         chunk: rvq, mcq, simvq: rows whose distances to all K codes are held at once; on a CPU fewer of a large K.
         search: rvq, mcq, simvq, on a GPU: "blocks" of `chunk` rows, or "triton", one kernel that holds no distances
-            (`nearest_gpu.py`); "auto" takes the kernel for rows of at most 64 numbers where Triton is and the GPU has
-            the units for it. CPUs always take blocks.
+            (`nearest_gpu.py`); "auto" takes the kernel for rows of at most 64 numbers where Triton works and the GPU
+            has the units for it. CPUs always take blocks.
         levels: residual_fsq: values of each of its numbers; default: found between 3 and 8, large ones first.
         entropy_weight: mcq, residual_lfq: of `entropy_loss`, which is added to the codebook loss; 0 = none.
         entropy_temperature: mcq, residual_lfq: of the softmax in it.
@@ -114,9 +114,16 @@ def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks")
 
 @lru_cache
 def kernel_at_hand(device: torch.device) -> bool:
-    """Whether Triton is there, and a GPU of NVIDIA's with TF32 units (Ampere and later), which the kernel needs."""
+    """Whether Triton is there and works, and a GPU of NVIDIA's with TF32 units (Ampere and later) for the kernel."""
     ready = find_spec("triton") is not None and torch.version.cuda is not None
-    return ready and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not ready or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from triton.runtime import driver
+
+        return driver.active.utils is not None
+    except Exception:  # here Triton compiles C: no compiler, no Python headers, no driver each raise something else
+        return False
 
 
 def rows_at_once(chunk: int, codes: int, device: torch.device) -> int:
