@@ -12,11 +12,11 @@ from dualtoken.core.images import to_bytes, to_float, to_picture
 from dualtoken.data.scene_text import captions
 from dualtoken.data.scenes import Scenes, scene
 from dualtoken.eval.commands import reconstruction, retrieval, zero_shot
-from dualtoken.eval.reconstruction import evaluate_reconstruction
+from dualtoken.eval.reconstruction import evaluate_reconstruction, teacher_distance
 from dualtoken.eval.report import table, write_json
 from dualtoken.eval.scene_factors import SceneFactors
 from dualtoken.eval.scene_factors import factors as values_of
-from dualtoken.eval.zero_shot import accuracy, factor_accuracy
+from dualtoken.eval.zero_shot import accuracy, embed_codes, factor_accuracy, quantized_embed
 from dualtoken.eval.zero_shot import retrieval as recall
 from dualtoken.tokenizer.encoder import train_text_tokenizer
 from dualtoken.tokenizer.presets import open_tokenizer
@@ -48,6 +48,11 @@ def test_frechet_distance_tells_good_from_bad_reconstruction():
     teacher = tiny.tokenizer(seed=1).backbone
     near, far = (evaluate_reconstruction(m, [pixels], teacher) for m in (good, bad))
     assert near.teacher_frechet < 0.1 * far.teacher_frechet and near.psnr > far.psnr + 10
+    kept, codes = teacher_distance(teacher), []
+    for model, found in ((good, near), (bad, far), (good, near)):  # true pictures go through the teacher once
+        assert evaluate_reconstruction(model, [pixels], kept, seen=codes.append) == found
+        assert kept.real_features_num_samples == 40 and kept.fake_features_num_samples == 0
+    assert torch.equal(quantized_embed(bad)(to_float(pixels)), embed_codes(bad, codes[1]))
 
 
 def test_fid_with_weights_in_torch_fidelity_format(tmp_path, capsys, monkeypatch):

@@ -4,14 +4,16 @@ PSNR and SSIM by torchmetrics on values in [0, 1]; LPIPS and FID where weights a
 distance in the teacher's pooled features. The last is not an FID and must not be compared with one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_bytes, to_float
 from dualtoken.core.pretrained import load_torch_file
@@ -48,6 +50,11 @@ class _TeacherFeatures(nn.Module):
         return self.teacher(to_float(images))
 
 
+def teacher_distance(teacher: Backbone) -> FrechetInceptionDistance:
+    """The Frechet distance in a teacher's pooled features; it keeps what it has seen of the true pictures."""
+    return FrechetInceptionDistance(_TeacherFeatures(teacher.eval()), reset_real_features=False, **ALONE)
+
+
 def inception_distance(weights: str) -> FrechetInceptionDistance:
     """FID with torch-fidelity's Inception weights. Raises UserError without the package or for another file."""
     what = INCEPTION
@@ -65,24 +72,28 @@ def inception_distance(weights: str) -> FrechetInceptionDistance:
 def evaluate_reconstruction(
     tokenizer: DualTokenVisionTokenizer,
     batches: Iterable[Tensor],
-    teacher: Backbone | None = None,
+    teacher: Backbone | FrechetInceptionDistance | None = None,
     lpips: nn.Module | None = None,
     inception: str | None = None,
+    seen: Callable[[DualCodes], None] = lambda codes: None,
 ) -> ReconstructionResult:
     """Put uint8 batches [B, 3, S, S] through the codes and compare.
 
-    Args: lpips: a `training.perceptual.LPIPS`; inception: path of torch-fidelity's Inception weights, for FID.
+    Args:
+        teacher: of one that has judged others on the same pictures, its `teacher_distance`: it knows the true ones.
+        lpips: a `training.perceptual.LPIPS`.
+        inception: path of torch-fidelity's Inception weights, for FID.
+        seen: called with the codes of every batch.
     """
     device = tokenizer.device
     psnr = PeakSignalNoiseRatio(data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3), **ALONE).to(device)
     ssim = StructuralSimilarityIndexMeasure(data_range=1.0, **ALONE).to(device)
     distances: dict[str, FrechetInceptionDistance] = {}
     if teacher is not None:
-        distances["teacher_frechet"] = FrechetInceptionDistance(
-            _TeacherFeatures(teacher.to(device).eval()), **ALONE
-        ).to(device)
+        distances["teacher_frechet"] = teacher if isinstance(teacher, Metric) else teacher_distance(teacher)
     if inception is not None:
-        distances["fid"] = inception_distance(inception).to(device)
+        distances["fid"] = inception_distance(inception)
+    unknown = [distance.to(device) for distance in distances.values() if distance.real_features_num_samples == 0]
     used, offsets, sizes = {"pixel": set(), "semantic": set()}, {}, {}
     for name in used:
         book = getattr(tokenizer, name).quantizer
@@ -92,18 +103,22 @@ def evaluate_reconstruction(
     perceptual, count = 0.0, 0
     for pixels in batches:
         codes = tokenizer.encode(to_float(pixels.to(device)))
+        seen(codes)
         for name in used:
             used[name].update((getattr(codes, name) + offsets[name]).unique().tolist())
         found, wanted = to_bytes(tokenizer.decode(codes)), pixels.to(device)
         psnr.update(found / 255.0, wanted / 255.0)
         ssim.update(found / 255.0, wanted / 255.0)
-        for distance in distances.values():
+        for distance in unknown:
             distance.update(wanted, real=True)
+        for distance in distances.values():
             distance.update(found, real=False)
         if lpips is not None:
             perceptual += float(lpips(to_float(found), to_float(wanted))) * len(found)
         count += len(found)
     values = {name: float(d.compute()) if count > 1 else float("nan") for name, d in distances.items()}
+    for distance in distances.values():
+        distance.reset()
     return ReconstructionResult(
         images=count,
         psnr=float(psnr.compute()),

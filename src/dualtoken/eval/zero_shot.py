@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualtoken.core.codes import DualCodes
 from dualtoken.eval.prompts import TEMPLATES, Template
 from dualtoken.tokenizer.encoder import ImageTextEncoder, TextTokenizer, tokenize
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
@@ -20,12 +21,12 @@ Embed = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> unit vectors [B, C]
 
 def quantized_embed(tokenizer: DualTokenVisionTokenizer) -> Embed:
     """Images -> unit vectors, through the semantic codes."""
+    return lambda images: embed_codes(tokenizer, tokenizer.encode(images))
 
-    def embed(images: Tensor) -> Tensor:
-        codes = tokenizer.encode(images)
-        return F.normalize(tokenizer.pool(tokenizer.semantic.lookup(codes.semantic)), dim=-1)
 
-    return embed
+def embed_codes(tokenizer: DualTokenVisionTokenizer, codes: DualCodes) -> Tensor:
+    """Unit vectors [B, C] of pictures by their semantic codes."""
+    return F.normalize(tokenizer.pool(tokenizer.semantic.lookup(codes.semantic)), dim=-1)
 
 
 @torch.no_grad()

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import to_float
 from dualtoken.data.images import Batch, DataConfig, open_source, read_in_order
 from dualtoken.eval.commands import reconstruction, zero_shot
 from dualtoken.eval.prompts import class_names
-from dualtoken.eval.reconstruction import evaluate_reconstruction, inception_distance
-from dualtoken.eval.zero_shot import Embed, accuracy, class_vectors, embed_texts, quantized_embed, retrieval
+from dualtoken.eval.reconstruction import evaluate_reconstruction, inception_distance, teacher_distance
+from dualtoken.eval.zero_shot import accuracy, class_vectors, embed_codes, embed_texts, retrieval
 from dualtoken.paper.experiment import SPREAD, Setting, stamp
 from dualtoken.paper.side_by_side import helpers
 from dualtoken.paper.trained import Part, digest, remembered, stale
@@ -78,7 +79,13 @@ class Judge:
     @cached_property
     def teacher(self) -> Tensor:
         """Unit vectors [M, C] of the pictures by the continuous encoder."""
-        return self._embed(self.pair.encoder.embed_image)
+        with torch.no_grad():
+            embed = self.pair.encoder.embed_image
+            return torch.cat([embed(to_float(batch.images.to(device()))).cpu() for batch in self.batches])
+
+    @cached_property
+    def _distance(self) -> FrechetInceptionDistance:
+        return teacher_distance(self.pair.encoder.backbone)
 
     def teacher_row(self) -> dict[str, float | None]:
         """The teacher itself, as `measure` gives it."""
@@ -120,9 +127,11 @@ class Judge:
         if self.setting.scale == "full":
             return self._measure_full(str(model))
         tokenizer = open_tokenizer(str(model)).to(device())
-        pictures = (batch.images for batch in self.batches)
-        back = evaluate_reconstruction(tokenizer, pictures, self.pair.encoder.backbone)
-        found = {name: getattr(back, name) for name in PIXELS} | self._meaning(self._embed(quantized_embed(tokenizer)))
+        pictures, vectors = (batch.images for batch in self.batches), []
+        back = evaluate_reconstruction(
+            tokenizer, pictures, self._distance, seen=lambda codes: vectors.append(embed_codes(tokenizer, codes).cpu())
+        )
+        found = {name: getattr(back, name) for name in PIXELS} | self._meaning(torch.cat(vectors))
         return found | {"skipped": self.skipped, "protocol": self._protocol()}
 
     def _protocol(self) -> dict[str, str]:
@@ -139,10 +148,6 @@ class Judge:
         found |= {"rfid": back["fid"], "skipped": back["skipped"] + seen["skipped"]}
         found["protocol"] = {"zero_shot": seen["protocol"], "reconstruction": back["protocol"]}
         return found | {"zero_shot": 100 * seen["accuracy"]["codes"]}
-
-    @torch.no_grad()
-    def _embed(self, embed: Embed) -> Tensor:
-        return torch.cat([embed(to_float(batch.images.to(device()))).cpu() for batch in self.batches])
 
     def _meaning(self, vectors: Tensor) -> dict[str, float | None]:
         """Unit vectors [M, C] of all pictures -> measures, in percent but for the cosine with the teacher's.

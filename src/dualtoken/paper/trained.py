@@ -36,7 +36,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train-mllm": train_mllm,
 }
 OPENS = {"encoder": "encoder", "vision_tokenizer": "tokenizer", "start": "mllm"}  # option -> part of a preset
-ASIDE = ("output", "loop")  # what a recipe says of these changes nothing that is learnt
+ASIDE = ("output", "loop")  # what a recipe says of these changes nothing that is learnt, but for
+LEARNT = ("precision", "accumulate")  # of the loop
 DONE, WAIT = "done.json", 5.0
 
 
@@ -68,6 +69,8 @@ class Part:
         for option in OPENS:
             if content.get(option):
                 content[option] = identity(option, content[option])
+        if kept := {k: v for k, v in self.content().get("loop", {}).items() if k in LEARNT}:
+            content["loop"] = kept
         content |= {option: part.key for option, part in self.models.items()}
         if "data" in content:  # where codes are kept, and how many processes read
             content["data"] = {k: v for k, v in content["data"].items() if k not in ("codes", "workers")}
