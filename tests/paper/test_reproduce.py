@@ -68,18 +68,18 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
 def test_a_folder_is_known_by_what_is_in_it_and_its_broken_file_makes_no_cluster(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abc")
     (tmp_path / "data").mkdir()
-    for i in range(20):
+    for i in range(6):
         Image.fromarray(scene(i, "test").render(48)).save(tmp_path / f"data/{i}.png")
     (tmp_path / "data/broken.png").write_text("no picture")
     command = ["reproduce", "fig8", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     assert main(command) == 0
     found = json.loads((tmp_path / "out/fig8.json").read_text())
-    assert "The largest of 20 clusters" in str(found["pictures"]) and len(found["skipped"]) == 1
+    assert "The largest of 6 clusters" in str(found["pictures"]) and len(found["skipped"]) == 1
     capsys.readouterr()
     assert main(command) == 0 and "fig8 is done" in capsys.readouterr().out
-    Image.fromarray(scene(20, "test").render(48)).save(tmp_path / "data/20.png")
+    Image.fromarray(scene(6, "test").render(48)).save(tmp_path / "data/6.png")
     assert main(command) == 0 and "fig8 is done" not in capsys.readouterr().out
-    assert "The largest of 21 clusters" in (tmp_path / "out/fig8.md").read_text()
+    assert "The largest of 7 clusters" in (tmp_path / "out/fig8.md").read_text()
 
 
 def test_the_stamp_of_shards_and_of_presets(tmp_path):
