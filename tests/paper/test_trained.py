@@ -205,14 +205,17 @@ def no_models(monkeypatch):
     """A Judge that opens no model: PSNR is the number of pictures, each picture and text has its own direction."""
     pair = SimpleNamespace(encoder=SimpleNamespace(backbone=SimpleNamespace(image_size=48)))
     monkeypatch.setattr(Judge, "pair", pair)
-    monkeypatch.setattr(Judge, "_embed", lambda self, embed: torch.eye(sum(len(b.labels) for b in self.batches)))
-    for name in ("teacher", "_texts"):
-        monkeypatch.setattr(Judge, name, property(lambda self: self._embed(None)))
+    own = property(lambda self: torch.eye(sum(len(batch.labels) for batch in self.batches)))
+    for name, value in (("teacher", own), ("_texts", own), ("_distance", None)):
+        monkeypatch.setattr(Judge, name, value)
     monkeypatch.setattr(Judge, "_classes", property(lambda self: torch.ones(2, len(self.teacher))))
     monkeypatch.setattr(measure, "open_tokenizer", lambda model: torch.nn.Identity())
+    monkeypatch.setattr(measure, "embed_codes", lambda tokenizer, codes: codes)
 
-    def back(tokenizer, pictures, _):
-        return SimpleNamespace(psnr=sum(map(len, pictures)), ssim=1.0, teacher_frechet=0.0)
+    def back(tokenizer, pictures, _, seen):
+        count = sum(map(len, pictures))
+        seen(torch.eye(count))
+        return SimpleNamespace(psnr=count, ssim=1.0, teacher_frechet=0.0)
 
     monkeypatch.setattr(measure, "evaluate_reconstruction", back)
 

@@ -35,6 +35,7 @@ BACKGROUNDS = ("white", "gray", "black", "sky", "wood", "tiles")
 SPLITS = {"train": 0, "test": 1, "probe": 2}
 RADII = {1: (0.22, 0.32), 2: (0.16, 0.22), 3: (0.12, 0.17), 4: (0.12, 0.17)}  # objects -> (small, large)
 MAX_OBJECTS = 4
+KEPT = 64  # largest side of pictures that are kept once they are drawn
 
 
 @dataclass(frozen=True)
@@ -217,12 +218,18 @@ class Scenes:
         self.size, self.split, self.seed = size, split, seed
 
     def __getitem__(self, index: int) -> Sample:
-        from dualtoken.data.scene_text import caption  # scene_text builds on this file
+        draw = _sample if self.size <= KEPT else _sample.__wrapped__
+        return draw(self.size, self.split, self.seed, index)
 
-        drawn = scene(index, self.split, self.seed)
-        pixels = torch.from_numpy(drawn.render(self.size)).permute(2, 0, 1).contiguous()
-        label = -1
-        if len(drawn.objects) == 1:
-            label = self.classes.index(drawn.objects[0].name)
-        rng = np.random.default_rng((SPLITS[self.split], self.seed, index, 1))
-        return Sample(pixels, caption(drawn, rng), label, f"scene-{self.split}-{index}")
+
+@lru_cache(maxsize=8192)  # tables train many models on the same few thousand: 57 MB of 48 px
+def _sample(size: int, split: str, seed: int, index: int) -> Sample:
+    from dualtoken.data.scene_text import caption  # scene_text builds on this file
+
+    drawn = scene(index, split, seed)
+    pixels = torch.from_numpy(drawn.render(size)).permute(2, 0, 1).contiguous()
+    label = -1
+    if len(drawn.objects) == 1:
+        label = Scenes.classes.index(drawn.objects[0].name)
+    rng = np.random.default_rng((SPLITS[split], seed, index, 1))
+    return Sample(pixels, caption(drawn, rng), label, f"scene-{split}-{index}")
