@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, whole_number
 from dualtoken.generation.context import Context, Model, join
 
 MAX_NEW_TOKENS = 256
@@ -49,8 +49,7 @@ def write(
             group = write(model, [contexts[i] for i in chosen], may_draw, draw_semantic, **told)
             found |= dict(zip(chosen, group, strict=True))
         return [found[i] for i in range(len(contexts))]
-    if options["max_new_tokens"] < 1:
-        raise UserError(f"max_new_tokens {options['max_new_tokens']}: give at least 1")
+    whole_number("max_new_tokens", options["max_new_tokens"], 1)
     rows = join(model, contexts, options["max_new_tokens"], draw_semantic)
     stops = stop_ids(model)
     never = [config.vision_start_id, config.image_id, config.vision_end_id, config.draw_end_id]
