@@ -28,6 +28,7 @@ from dualtoken.generation.sampling import DrawConfig
 from dualtoken.mllm.assistant import Assistant
 from tests.app.serving import MODEL, SECONDS, alike, chat, data_url, eventually, png, running
 from tests.generation.lively import lively
+from tests.mllm.test_assistant import script
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +238,16 @@ def test_what_serve_needs_is_said(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve"]) == 2
     assert "needs uvicorn: pip install 'dualtoken[serve]'" in capsys.readouterr().err
+
+
+def test_pictures_that_fill_the_context_end_the_reply_by_length():
+    engine = Engine(Assistant(*lively(context=64)))
+    script(engine.model, [engine.model.config.draw_start_id] * 17)
+    with running(ServerConfig(MODEL), engine) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=SECONDS)
+        extra = {"modalities": ["text", "image"], "max_images": 16}
+        (choice,) = chat(client, "tell", max_tokens=None, extra_body=extra).choices
+    assert choice.finish_reason == "length" and 1 < len(choice.message.images) < 11
 
 
 def test_with_a_key_only_health_is_open(assistant):
