@@ -1,5 +1,7 @@
+import html
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
 import pytest
@@ -29,6 +31,11 @@ def test_the_report_is_self_contained_and_shows_every_picture(made):
     assert page.count("data:image/png;base64,") == len(pictures)
     assert not re.search(r'(src|href)="(?!data:)', page)
     HTMLParser().feed(page)
+
+
+def test_the_printed_command_is_the_whole_one(made):
+    command = f"dualtoken demo --image {shlex.quote(str(made.parent / 'mine <b>.png'))} --output {made} --images 60"
+    assert f"<code>{html.escape(command)}</code>" in (made / "index.html").read_text()
 
 
 def test_metrics_are_those_of_the_report(made):

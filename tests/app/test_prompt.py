@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dualtoken
@@ -23,6 +24,22 @@ def test_importing_is_quick_and_errors_are_the_packages_own():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     with pytest.raises(dualtoken.UserError, match="model nowhere: no such directory"):
         dualtoken.load("nowhere")
+
+
+def test_a_model_is_loaded_by_its_directory(model, tmp_path):
+    assistant = model.assistant
+    assistant.model.save_pretrained(tmp_path)
+    assistant.processor.save_pretrained(tmp_path)
+    loaded = dualtoken.load(tmp_path, "cpu")
+    assert isinstance(loaded, Model) and alike(loaded.draw("a star", seed=3), model.draw("a star", seed=3))
+
+
+@pytest.mark.parametrize("shape", [(20, 16), (20, 16, 1), (1, 20, 16)])
+def test_gray_arrays_of_every_layout_are_the_same_picture(model, shape):
+    values = np.arange(320, dtype=np.uint8).reshape(20, 16)
+    wanted = model.encode(np.stack([values] * 3, -1))
+    for array in (values.reshape(shape), torch.from_numpy(values).view(shape)):
+        assert torch.equal(model.encode(array).pixel, wanted.pixel)
 
 
 def test_one_picture_or_several(model, tmp_path):
@@ -57,6 +74,31 @@ def test_it_answers_and_tells(model):
         (lambda m: m.ask("nowhere.png", "x"), "nowhere.png: no such file"),
         (lambda m: m.ask(3, "x"), "picture of type int"),
         (lambda m: m.reconstruct([]), "give at least one"),
+        (lambda m: m.edit(None, "x"), "picture: 0 given"),
+        (lambda m: m.edit([png(), png()], "x"), "picture: 2 given"),
+        (lambda m: m.draw("x", seed=2**64), "seed 18446744073709551616: give at least 0"),
+        (lambda m: m.draw("x", seed="a"), "seed 'a'"),
+        (lambda m: m.draw("x", seed=1.5), "seed 1.5"),
+        (lambda m: m.draw("x", seed=None), "seed None"),
+        (lambda m: m.draw("x", "2"), "number '2'"),
+        (lambda m: m.draw("x", 2.5), "number 2.5"),
+        (lambda m: m.draw("x", guidance="3"), "guidance '3': give a finite number"),
+        (lambda m: m.draw("x", guidance=float("nan")), "guidance nan"),
+        (lambda m: m.draw("x", guidance=float("inf")), "guidance inf"),
+        (lambda m: m.draw("x", pixel=0.5), "pixel 0.5: give a dict"),
+        (lambda m: m.draw("x", pixel={"temperature": "a"}), "temperature 'a'"),
+        (lambda m: m.draw("x", pixel={"temperature": float("nan")}), "temperature nan"),
+        (lambda m: m.draw("x", pixel={"top_k": 1.5}), "top_k 1.5"),
+        (lambda m: m.ask(png(), "x", max_new_tokens="3"), "max_new_tokens '3'"),
+        (lambda m: m.tell("x", max_images="3"), "max_images '3'"),
+        (lambda m: m.reconstruct(np.zeros((20, 20, 3))), r"float64 array \[20, 20, 3\]; give uint8"),
+        (lambda m: m.reconstruct(np.zeros((20, 20, 3), np.int64)), "int64 array"),
+        (lambda m: m.reconstruct(torch.zeros(3, 20, 20)), "float32 array"),
+        (lambda m: m.reconstruct(np.zeros((2, 20, 20, 3), np.uint8)), r"uint8 array \[2, 20, 20, 3\]"),
+        (lambda m: m.reconstruct(np.zeros((0, 20, 3), np.uint8)), r"uint8 array \[0, 20, 3\]"),
+        (lambda m: m.decode(None), "codes of type NoneType"),
+        (lambda m: dualtoken.load(device="gpu"), "device 'gpu': give cpu"),
+        (lambda m: dualtoken.load(device="cuda:99"), "device 'cuda:99'"),
     ],
 )
 def test_mistakes_are_the_packages_own(model, call, words):

@@ -2,6 +2,7 @@
 # ruff: noqa: E402 (what is missing is found out first)
 
 import asyncio
+import json
 
 import httpx
 import pytest
@@ -219,6 +220,7 @@ def damaged():
     return png(size=(50, 50))[:60]
 
 
+HALF = "\ud83d"  # half of an emoji
 IN_CONTENT = "messages[0].content[1].image_url.url"
 
 
@@ -232,6 +234,13 @@ IN_CONTENT = "messages[0].content[1].image_url.url"
         ("chat/completions", TEXT | {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
          "messages[0].content[0]", 400),
         ("chat/completions", TEXT | {"messages": [{"role": "user", "content": 3}]}, "messages[0].content", 400),
+        ("chat/completions", TEXT | {"messages": [{"role": "user", "content": HALF}]},
+         "messages[0].content[0].text", 400),
+        ("chat/completions", TEXT | {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 257}]},
+         "messages[0].content", 400),
+        ("chat/completions", TEXT | {"stop": HALF}, "stop[0]", 400),
+        ("chat/completions", TEXT | {"model": HALF}, "model", 404),
+        ("images/generations", {"prompt": HALF}, "prompt", 400),
         ("chat/completions", TEXT | {"temperature": 3}, "temperature", 400),
         ("chat/completions", TEXT | {"n": 2}, "n", 400),
         ("chat/completions", TEXT | {"tools": []}, "tools", 400),
@@ -264,7 +273,8 @@ IN_CONTENT = "messages[0].content[1].image_url.url"
     ],
 )  # fmt: skip
 def test_bad_requests_name_the_field(server, path, body, param, status):
-    answer = httpx.post(f"{server[0]}/v1/{path}", json=body)
+    sent = json.dumps(body).encode()  # ASCII, so that half characters come through
+    answer = httpx.post(f"{server[0]}/v1/{path}", content=sent, headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param), error
     assert param.split("[")[0].split(".")[-1] in error["message"] and set(error) == {"message", "type", "param", "code"}
@@ -281,6 +291,8 @@ def test_bad_requests_name_the_field(server, path, body, param, status):
         ({"prompt": "x"}, [("image[]", png()), ("image[]", png())], "image"),
         ({"prompt": "x", "n": "many"}, {"image": png()}, "n"),
         ({"prompt": "x", "pixel[top_k]": "-1"}, {"image": png()}, "pixel.top_k"),
+        ({"prompt": "x", "pixel": "3", "pixel[top_k]": "2"}, {"image": png()}, "pixel[top_k]"),
+        ({"prompt": "x", "pixel[top_k]": "2", "pixel": "3"}, {"image": png()}, "pixel"),
         ({"prompt": "x", "image": "/etc/passwd"}, {"other": ("", b"")}, None),
     ],
 )

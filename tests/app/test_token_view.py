@@ -55,6 +55,12 @@ def test_a_positions_codes_and_how_often_they_are_in_the_picture(view):
     assert view.codes_at(ONE, 0) == [(1, 1, 3, 5, 2), (2, 2, 3, 5, 3)]
 
 
+def test_codes_of_the_deeper_vocabulary_are_all_shown(view):
+    """The table goes as deep as the deeper of both; the other has no entry there."""
+    codes = DualCodes(ONE.codes.pixel, ONE.codes.semantic[..., :1])
+    assert view.codes_at(Coded("x", ONE.picture, codes), 0) == [(1, 1, 3, 5, 2), (2, 2, 3, None, None)]
+
+
 def test_maps_color_equal_codes_alike_and_frame_those_of_the_marked_position(view):
     plain = np.asarray(view.code_map(ONE, "pixel"))
     cell = len(plain) // 2

@@ -1,18 +1,22 @@
 """The page in a real browser: every tab once, with a model of a few thousand parameters; no call leaves the machine."""
 
+import os
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from dualtoken.core.errors import UserError
+from dualtoken.core.images import read_image
 from dualtoken.mllm.assistant import Assistant
 from tests import tiny
 
 pytest.importorskip("gradio", reason="the extra app is not installed")
 
 from dualtoken.app import web, web_words
-from dualtoken.app.web_parts import STOPS
+from dualtoken.app.web_parts import STOPS, errors_in_page, stop, stop_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WAIT = 60_000  # ms
@@ -46,6 +50,10 @@ def page(blocks):
         opened.goto(address)
         opened.address = address
         yield opened
+        if folder := os.environ.get("DUALTOKEN_SCREENSHOTS"):  # to look at: a picture of each tab
+            for name in ("Tokenize", "Look", "Draw", "Edit", "Story"):
+                open_tab(opened, name)
+                opened.screenshot(path=f"{folder}/{name}.png", full_page=True)
         browser.close()
     blocks.close()
 
@@ -195,3 +203,25 @@ def test_messages_for_the_page_are_those_for_the_model(picture):
         {"role": "user", "content": [{"path": picture}, "what is it ?"]},
         {"role": "assistant", "content": "(no reply)"},
     ]
+
+
+def test_stop_ends_the_work_of_its_own_tab_and_leaving_that_of_all():
+    one, other = SimpleNamespace(session_hash="one"), SimpleNamespace(session_hash="other")
+    draw, look, elsewhere = stop_of(one, "draw"), stop_of(one, "look"), stop_of(other, "look")
+    stop(one, "look")
+    assert (draw.is_set(), look.is_set(), elsewhere.is_set()) == (False, True, False)
+    stop(one)
+    assert draw.is_set() and not elsewhere.is_set()
+    stop(other)
+
+
+def test_a_picture_that_is_no_longer_kept_is_said_without_its_path(tmp_path):
+    with pytest.raises(web.gradio().Error, match="no longer kept") as found, errors_in_page():
+        read_image(tmp_path / "gone.png")
+    assert str(tmp_path) not in str(found.value)
+
+
+@pytest.mark.parametrize("port", [70000, -5])
+def test_a_port_that_cannot_be_had_is_said(port):
+    with web.gradio().Blocks() as empty, pytest.raises(UserError, match=f"--port {port}: cannot listen"):
+        web.launch(empty, "127.0.0.1", port)

@@ -266,7 +266,7 @@ def test_unknown_mode_and_numbers_that_do_not_fit_are_mistakes():
     given = inputs(processor, chats()[:2])
     with pytest.raises(UserError, match="generation_mode 'video' is unknown: choose one of text, image, interleaved"):
         model.generate(**given, generation_mode="video")
-    with pytest.raises(UserError, match="num_images_per_prompt 0 must be at least 1"):
+    with pytest.raises(UserError, match="num_images_per_prompt 0: give at least 1"):
         draw(model, given, num_images_per_prompt=0)
     with pytest.raises(UserError, match="seed: 3 numbers for 2 prompts"):
         draw(model, given, seed=[1, 2, 3])

@@ -198,14 +198,27 @@ def test_only_interleaved_replies_may_ask_for_a_picture():
     assert model.config.draw_start_id not in write(model, [context], max_new_tokens=4, **wish)[0].tolist()
 
 
-def test_a_picture_that_does_not_fit_any_more_is_one_error_with_both_numbers():
-    model, processor = lively(context=48)
-    given = inputs(processor, chats()[:1])
-    room = 48 - given["input_ids"].shape[1]
-    assert 6 < room % 6 + 6 <= 10  # after the last picture that fits there is room for words, but not for a picture
-    length = 48 - room % 6 + 1
-    with pytest.raises(UserError, match=f"has {length} tokens and the reply needs up to 4: more than the 48"):
-        reply(model, given, max_images=20, **bias(model.config.draw_start_id))
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 3}])
+def test_what_does_not_fit_any_more_ends_the_reply_and_what_was_drawn_is_kept(options):
+    given = inputs(shared()[1], chats()[:1])
+    for left, words in ((0, 0), (1, 1), (5, 0), (4, 0)):  # after two pictures, each of 6 tokens
+        model, processor = lively(context=given["input_ids"].shape[1] + 12 + left)
+        word = processor.tokenizer.encode("star")[0]
+        hook = Script(model, word, 2) if words else None
+        if hook:  # words alone after the pictures
+            hook.plan = [[model.config.draw_start_id]] * 2 + [[word] * 9]
+        wish = {"logits_processor": [hook]} if hook else bias(model.config.draw_start_id)
+        (told,) = reply(model, given, max_images=20, **wish, **options)
+        assert len(told.images) == 2 + (left == 5) and not told.ended
+        assert len(told.parts) - len(told.images) == words
+
+
+def test_a_prompt_without_room_for_its_first_picture_is_one_error_with_both_numbers():
+    given = inputs(shared()[1], chats()[:1])
+    length = given["input_ids"].shape[1]
+    model, _ = lively(context=length + 4)
+    with pytest.raises(UserError, match=f"has {length + 1} tokens and the reply needs up to 4: more than the"):
+        reply(model, given, **bias(model.config.draw_start_id))
 
 
 def test_guidance_without_the_unconditional_prompt_is_a_mistake():

@@ -49,7 +49,7 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
     arguments = ["reproduce", "table1", "--out", str(tmp_path)]
     assert main(arguments) == 0
     lines = (tmp_path / "table1.md").read_text().splitlines()
-    assert "|  | psnr (miniature) | psnr (paper) |" in lines
+    assert "|  | psnr, dB (miniature) | psnr, dB (paper) |" in lines
     assert "| ours | 20.5 ± 0.61 | - |" in lines and "| theirs | - | 27.12 |" in lines and "- a finding" in lines
     assert main(arguments) == 0 and len(made) == 1  # it was done
     assert main([*arguments, "--seed", "1"]) == 0 and len(made) == 2
@@ -62,7 +62,9 @@ def test_measured_and_paper_stand_in_columns_of_their_own(tmp_path, monkeypatch)
     assert main(["reproduce", "all", "--out", str(tmp_path)]) == 0
     assert "table1.md" in (tmp_path / "index.md").read_text()
     page = (tmp_path / "index.html").read_text()
-    assert "a finding" in page and "psnr (paper)" in page and "27.12" in page and "20.5 ± 0.61" in page
+    assert "Made by <code>dualtoken reproduce all</code>" in page
+    assert "Made by <code>dualtoken reproduce table1 --seed 1</code>" in (tmp_path / "table1.html").read_text()
+    assert "a finding" in page and "psnr, dB (paper)" in page and "27.12" in page and "20.5 ± 0.61" in page
 
 
 def test_a_folder_is_known_by_what_is_in_it_and_its_broken_file_makes_no_cluster(tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, whole_number
 from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.core.images import IMAGE_SUFFIXES, fit_image, image_bytes, read_image, to_float
 from dualtoken.data.code_shards import CARRIED, CodeFormat, CodeShardWriter
@@ -49,9 +49,8 @@ class BulkConfig:
     precision: Precision = "no"
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: give at least {least}")
+        whole_number("--batch_size", self.batch_size, 1)
+        whole_number("--workers", self.workers, 0)
 
 
 class Job(NamedTuple):

@@ -4,7 +4,6 @@ Files are written when everything is made, each whole or not at all, so that a s
 """
 
 import re
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from dualtoken.app.report import Page
+from dualtoken.app.report import Page, typed
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import read_image, save_picture
 from dualtoken.generation.sampling import DrawConfig, DrawEngine
@@ -178,6 +177,7 @@ def story(
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
             the model's (auto in new ones).
     """
+    command = typed("dualtoken story", story, locals())
     _check(1, scale)
     paths = [image] if isinstance(image, str) else image or []
     pictures = [read_image(path) for path in paths]
@@ -187,7 +187,7 @@ def story(
         parts = assistant.tell(
             [[user(*pictures, prompt)]], max_images, config, seed, progress, max_new_tokens=max_new_tokens
         )[0]
-    page, folder, drawn = Page(prompt, command=f"dualtoken story {shlex.quote(prompt)}"), Path(output), 0
+    page, folder, drawn = Page(prompt, command=command), Path(output), 0
     for part in parts:
         if isinstance(part, str):
             print(part)

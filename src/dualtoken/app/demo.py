@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dualtoken.app.demo_mllm import show_model
 from dualtoken.app.figures import code_colors, draw_code_maps, draw_neighbors, draw_reconstructions, draw_zero_shot
-from dualtoken.app.report import Page
+from dualtoken.app.report import Page, typed
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.core.images import ImageError, fit_image, image_bytes, list_images, read_image, to_bytes, to_float
@@ -63,7 +63,7 @@ def demo(
         images: unseen scenes that are measured.
         seed: another draw of scenes.
     """
-    started = time.time()
+    command, started = typed("dualtoken demo", demo, locals()), time.time()
     if model not in BUNDLED:
         raise UserError(
             f"--model {model}: the demo needs a preset ({', '.join(BUNDLED)}); see dualtoken eval for others"
@@ -75,7 +75,7 @@ def demo(
     tokenizer = open_tokenizer(model)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    page = Page("DualToken: two vocabularies of pictures, one model that reads and writes both", "mini", _command(seed))
+    page = Page("DualToken: two vocabularies of pictures, one model that reads and writes both", "mini", command)
     page.text(
         "Pixel codes are taken from a shallow layer of a vision transformer, semantic codes from a deep layer of the "
         "same one. Only pixel codes are turned back into pictures; only semantic codes are asked what is in them. The "
@@ -101,10 +101,6 @@ def demo(
     page.write(folder / "index.html")
     write_json(folder / "metrics.json", metrics)
     print(f"look at {folder / 'index.html'} ({metrics['seconds']:.0f} s)")
-
-
-def _command(seed: int) -> str:
-    return "dualtoken demo" + (f" --seed {seed}" if seed else "")
 
 
 def _own_pictures(image: str | list[str] | None) -> dict[str, Path]:

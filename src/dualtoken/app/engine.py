@@ -108,6 +108,8 @@ class Engine:
             **self._following([row]),
         )[0]  # fmt: skip
         reply, before = self._reply(row), []
+        if row.stretches and row.stretches[-1][-1] == self.model.config.draw_start_id:
+            reply.finish = "length"  # a limit kept it from drawing, or from going on after it
         for part in parts:
             if isinstance(part, str):
                 before.append(part)

@@ -5,6 +5,7 @@ import hmac
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
@@ -24,11 +25,14 @@ class BorderConfig:
         max_bytes: of a request's body.
         body_seconds: longest that a client may take to send it.
         api_key: what clients must send as "Authorization: Bearer KEY"; None = nothing.
+        hosts: names by which the server may be asked, without ports, and whose pages may ask it; None = any. Else a
+            page of any website could, through the browser of who runs the server.
     """
 
     max_bytes: int = 20_000_000
     body_seconds: float = 60.0
     api_key: str | None = None
+    hosts: frozenset[str] | None = None
 
 
 class Metrics:
@@ -67,6 +71,7 @@ class Border:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status = time.monotonic(), 500
+        scope.setdefault("state", {})["arrived"] = started
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -86,6 +91,11 @@ class Border:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
+        if self.config.hosts is not None:
+            asked = {"Host": f"//{headers.get('host', '')}", "Origin": headers.get("origin")}
+            for header, address in asked.items():
+                if address is not None and _host(address) not in self.config.hosts:
+                    return ApiError(403, f"{header}: not a name of this server; see --hosts of dualtoken serve")
         if self.config.api_key is not None and scope["path"] not in OPEN:
             given, wanted = headers.get("authorization", ""), f"Bearer {self.config.api_key}"
             if not hmac.compare_digest(given.encode("latin-1"), wanted.encode()):
@@ -118,3 +128,11 @@ class Border:
             return message
 
         return limited
+
+
+def _host(address: str) -> str | None:
+    """The host of an address, None where it has none."""
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None

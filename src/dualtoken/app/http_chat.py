@@ -48,10 +48,10 @@ class ChatRoute:
         self.service, self.engine = service, service.engine
 
     async def reply(self, body: ChatRequest, request: Request) -> Response:
-        service, started = self.service, time.monotonic()
+        service = self.service
         service.check_model(body.model)
         service.batcher.check_room()
-        chat = await self._chat(body)
+        chat = await self._chat(request, body)
         prompt = await service.prompt_length(chat, 1, "messages")
         listener = Listener() if body.stream else None
         job = self._job(body, chat, prompt, listener)
@@ -59,13 +59,13 @@ class ChatRoute:
             (reply,) = await service.run(request, [job], "messages")
             return JSONResponse(await service.in_thread(self._whole, reply, prompt))
         service.batcher.submit([job])
-        pieces = self._pieces(job, listener, started + service.config.timeout_s)
+        pieces = self._pieces(job, listener, service.deadline(request))
         first = await service.wait(request, anext(pieces), [job], "messages")  # early errors have their own status
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = self._events(job, first, pieces, prompt, usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    async def _chat(self, body: ChatRequest) -> Chat:
+    async def _chat(self, request: Request, body: ChatRequest) -> Chat:
         """Messages as the processor takes them, with pictures opened."""
         chat, pictures = [], 0
         for number, message in enumerate(body.messages):
@@ -77,7 +77,7 @@ class ChatRoute:
                 pictures += 1
                 if pictures > PICTURES:
                     raise ApiError(400, f"messages: more than {PICTURES} pictures", "messages")
-                picture = await self.service.picture(piece.url, f"messages[{number}].{piece.field}")
+                picture = await self.service.picture(request, piece.url, f"messages[{number}].{piece.field}")
                 content.append({"type": "image", "image": picture})
             chat.append({"role": "system" if message.role == "developer" else message.role, "content": content})
         return chat

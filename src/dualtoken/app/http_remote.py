@@ -28,6 +28,8 @@ def is_public(address: str) -> bool:
     found = ipaddress.ip_address(address.split("%")[0])
     if found.version == 6 and (found.ipv4_mapped or any(found in network for network in WITH_IPV4_INSIDE)):
         return False  # an IPv4 address in other clothes
+    if found.version == 6 and found.is_site_local:  # fec0::/10, which Python takes for global
+        return False
     return found.is_global and not found.is_multicast and not found.is_reserved
 
 

@@ -15,6 +15,7 @@ Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Nothing = Annotated[float, Field(ge=0, le=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Text = Annotated[str, Field(max_length=2**24)]  # with a limit pydantic also refuses half characters, as "\\ud83d"
 
 
 class Strict(BaseModel):
@@ -95,7 +96,7 @@ class Part(Strict):
     """A part of a message: text or a picture."""
 
     type: Literal["text", "image_url", "file"]
-    text: str | None = None
+    text: Text | None = None
     image_url: Annotated[ImageURL | None, BeforeValidator(_as_url)] = None
     file: FileData | None = None
 
@@ -128,7 +129,7 @@ class ChatMessage(Strict):
     """A turn; the fields below `images` are those of OpenAI's replies that are always empty here."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_as_parts)] = []
+    content: Annotated[list[Part], Field(max_length=256), BeforeValidator(_as_parts)] = []
     images: list[DrawnImage] | None = None
     name: Any = None
     refusal: None = None

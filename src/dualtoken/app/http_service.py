@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -62,7 +63,8 @@ class Service:
         """The result, while the client stays and time is left; else, and after an error, the rows are let go."""
         waiter, watcher = asyncio.ensure_future(result), asyncio.create_task(_gone(request))
         try:
-            await asyncio.wait({waiter, watcher}, timeout=self.config.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            left = self.deadline(request) - time.monotonic()
+            await asyncio.wait({waiter, watcher}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if waiter.cancelled():
                 raise ApiError(503, "the server is stopping")
             if waiter.done():
@@ -81,17 +83,24 @@ class Service:
             watcher.cancel()
             waiter.cancel()
 
+    def deadline(self, request: Request) -> float:
+        """When a request's time is up, on the clock of `time.monotonic`."""
+        return request.state.arrived + self.config.timeout_s
+
     @property
     def too_late(self) -> ApiError:
         return ApiError(504, f"not done within {self.config.timeout_s:g} s", code="timeout")
 
-    async def picture(self, source: str | bytes, param: str) -> Image.Image:
-        """A picture given by URL or as a file's bytes, at the model's size."""
+    async def picture(self, request: Request, source: str | bytes, param: str) -> Image.Image:
+        """A picture given by URL or as a file's bytes, at the model's size. Raises ApiError, also when time is up."""
         open_any = open_url if isinstance(source, str) else open_picture
         remote = isinstance(source, str) and not source.startswith("data:")
-        return await self.in_thread(
-            lambda: self.engine.fit(open_any(source, param, self.config.pictures)), remote=remote
-        )
+        opening = self.in_thread(lambda: self.engine.fit(open_any(source, param, self.config.pictures)), remote=remote)
+        try:
+            return await asyncio.wait_for(opening, self.deadline(request) - time.monotonic())
+        except TimeoutError:
+            self.metrics.left.inc()
+            raise self.too_late from None
 
     async def prompt_length(self, chat: Chat, reply: int, param: str) -> int:
         """Tokens of a prompt. Raises ApiError where it does not leave room for `reply` tokens."""

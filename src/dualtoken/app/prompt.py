@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dualtoken.core.codes import DualCodes
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, whole_number
 from dualtoken.generation.sampling import DrawConfig
 from dualtoken.mllm.assistant import Assistant, user
 from dualtoken.tokenizer.image_processor import Picture
@@ -77,8 +77,10 @@ class Model:
         self, picture: Picture, instruction: str, number: int | None = None, seed: int = 0, **draw: Any
     ) -> Image.Image | Pictures:
         """A picture changed as an instruction says."""
-        (shown,), count = self._open(picture), _count(number)
-        made = self.assistant.edit([shown], [_words(instruction, "instruction")], count, self._drawing(draw), seed)[0]
+        shown, count = self._open(picture), _count(number)
+        if len(shown) != 1:
+            raise UserError(f"picture: {len(shown)} given; give exactly one to edit")
+        made = self.assistant.edit(shown, [_words(instruction, "instruction")], count, self._drawing(draw), seed)[0]
         return made[0] if number is None else Pictures(made)
 
     def tell(
@@ -101,6 +103,8 @@ class Model:
 
     def decode(self, codes: DualCodes) -> Pictures:
         """Pictures of codes."""
+        if not isinstance(codes, DualCodes):
+            raise UserError(f"codes of type {type(codes).__name__}: give DualCodes, as encode makes them")
         images = self.assistant.model.decode_image_tokens(codes)
         return Pictures(self.assistant.processor.image_processor.postprocess(images))
 
@@ -131,9 +135,7 @@ def _words(text: Any, name: str) -> str:
 
 
 def _count(number: int | None) -> int:
-    if number is not None and number < 1:
-        raise UserError(f"number {number}: give at least 1")
-    return 1 if number is None else number
+    return 1 if number is None else whole_number("number", number, 1)
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -2,7 +2,11 @@
 
 import base64
 import html
-from collections.abc import Sequence
+import inspect
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,20 @@ th:first-child, td:first-child { text-align: left } tr.paper td { color: var(--q
 @media (max-width: 600px) { body { margin: 1rem auto } h1 { font-size: 1.35rem } th, td { padding: .3rem .5rem } }
 """
 SCALES = {"mini": "miniature", "full": "full scale"}
+
+
+def typed(command: str, function: Callable[..., Any], given: dict[str, Any]) -> str:
+    """The line that calls a command's function with what was given to it, without what is its default."""
+    words = command.split()
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = given[name]
+        if value == parameter.default:
+            continue
+        if is_dataclass(value):
+            value = {part: chosen for part, chosen in asdict(value).items() if chosen is not None}
+        words += [f"--{name}"] * (parameter.default is not parameter.empty)
+        words.append(value if isinstance(value, str) else json.dumps(value))
+    return shlex.join(words)
 
 
 class Page:

@@ -1,5 +1,6 @@
 """`dualtoken serve`: the model behind an OpenAI-compatible HTTP server (`docs/serve.md`)."""
 
+import ipaddress
 import os
 import socket
 from pathlib import Path
@@ -27,6 +28,7 @@ def serve(
     max_pixels: int = 16_000_000,
     allow_urls: bool = False,
     engine: DrawEngine | None = None,
+    hosts: str | None = None,
 ) -> None:
     """Serve a multimodal model until Ctrl-C. With DUALTOKEN_API_KEY in the environment, clients must send that key.
 
@@ -44,6 +46,8 @@ def serve(
         allow_urls: fetch pictures from public addresses that a request names.
         engine: how pictures are computed (docs/benchmarks.md): graph and compiled are for GPUs, auto chooses; default:
             the model's (auto in new ones).
+        hosts: without a key: names beside localhost by which the server may be asked, with commas between them, as
+            those of a proxy before it; any name where it is not given and the server listens to other machines.
     """
     for option, value in (("timeout_s", timeout_s), ("max_request_mb", max_request_mb), ("max_pixels", max_pixels)):
         if value <= 0:
@@ -71,15 +75,30 @@ def serve(
         timeout_s,
         BatchConfig(max_batch, max_wait_ms, max_queue),
         PictureLimits(max_pixels, most, allow_urls),
-        BorderConfig(most, api_key=key),
+        BorderConfig(most, api_key=key, hosts=names(host, hosts) if key is None else None),
     )
     listening = _listen(host, port)
     app = build(Engine(Assistant.open(model, engine=engine)), config)
     port = listening.getsockname()[1]
     print(f"{config.name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1; Ctrl-C stops", flush=True)
-    if host not in LOCAL and key is None:
+    if not _local(host) and key is None:
         print(f"warning: whoever reaches {host} may use it; set {KEY} to ask for a key", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)).run([listening])
+
+
+def names(host: str, hosts: str | None) -> frozenset[str] | None:
+    """The names by which a server without a key may be asked; None = any."""
+    if hosts is None and not _local(host):
+        return None
+    return frozenset(name.strip().lower() for name in [*LOCAL, host, *(hosts or host).split(",")])
+
+
+def _local(host: str) -> bool:
+    """Whether an address to listen at is of this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:

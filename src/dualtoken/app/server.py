@@ -75,7 +75,7 @@ class Routes:
             body, files = _read_form(form.multi_items())
             if len(files) != 1:
                 raise ApiError(400, f"image: {len(files)} files; send one, as multipart/form-data", "image")
-            picture = await self.service.picture(await files[0].read(), "image")
+            picture = await self.service.picture(request, await files[0].read(), "image")
         return await self._draw(request, ImageRequest.model_validate(body), picture)
 
     async def _draw(self, request: Request, body: ImageRequest, picture: Image.Image | None) -> Response:
@@ -103,7 +103,7 @@ class Routes:
         """Pictures as codes: [N, D] in both vocabularies."""
         self.service.check_model(body.model)
         self.service.batcher.check_room(len(body.images))
-        pictures = [await self.service.picture(url, f"images[{i}]") for i, url in enumerate(body.images)]
+        pictures = [await self.service.picture(request, url, f"images[{i}]") for i, url in enumerate(body.images)]
         found = await self.service.run(request, [Job("encode", None, picture) for picture in pictures], "images")
         data = [
             {"index": i, "pixel": codes.pixel[0].tolist(), "semantic": codes.semantic[0].tolist()}
@@ -170,6 +170,8 @@ def _read_form(items: list[tuple[str, str | UploadFile]]) -> tuple[dict[str, Any
                 raise ApiError(400, f"{key}: this file is not supported", key)
             files.append(value)
         elif nested := NESTED.fullmatch(key):
+            if not isinstance(body.get(nested[1], {}), dict):
+                raise ApiError(400, f"{key}: {nested[1]} has a value of its own; give one of both", key)
             body.setdefault(nested[1], {})[nested[2]] = value
         else:
             body[key] = value

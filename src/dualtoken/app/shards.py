@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dualtoken.core.codes import DualCodes
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, at_least_one
 from dualtoken.core.files import whole_or_not_at_all
 from dualtoken.core.images import ImageError, fit_image, image_bytes, read_image, to_bytes, to_picture
 from dualtoken.data.code_shards import HEADER, CodeSample, CodeShard, DamagedShard
@@ -154,8 +154,7 @@ def decode_shards(path: str, writer, tokenizer: DualTokenVisionTokenizer, batch_
     found = find_shards(path, "PATH")
     if not found:
         raise UserError(f"PATH {path}: no tar in it; give a file or shards written by `dualtoken encode`")
-    if batch_size < 1:
-        raise UserError(f"--batch_size {batch_size}: give at least 1")
+    at_least_one(batch_size=batch_size)
     shards = {}
     for name, shard in found.items():
         try:

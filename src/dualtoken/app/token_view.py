@@ -5,6 +5,7 @@ Shapes: N = grid * grid positions, D depth, K codebook size; a picture is square
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -104,15 +105,17 @@ class TokenView:
         column, row = (min(max(int(value * self.grid / side), 0), self.grid - 1) for value in (x, y))
         return row * self.grid + column
 
-    def codes_at(self, coded: Coded, position: int) -> list[tuple[int, int, int, int, int]]:
-        """Depth (from 1), pixel code, positions of the picture that have it, semantic code, positions that have it."""
-        pixel, semantic = coded.codes.pixel[0], coded.codes.semantic[0]
-        depths = min(pixel.shape[1], semantic.shape[1])
-        return [
-            (d + 1, *(n for codes in (pixel, semantic) for n in (
-                int(codes[position, d]), int((codes[:, d] == codes[position, d]).sum()))))
-            for d in range(depths)
-        ]  # fmt: skip
+    def codes_at(self, coded: Coded, position: int) -> list[tuple[int | None, ...]]:
+        """Depth (from 1), pixel code, positions of the picture that have it, semantic code, positions that have it.
+
+        None where a vocabulary is not so deep.
+        """
+        both = [
+            list(zip(codes[position].tolist(), (codes == codes[position]).sum(0).tolist(), strict=True))
+            for codes in (coded.codes.pixel[0], coded.codes.semantic[0])
+        ]
+        listed = enumerate(zip_longest(*both, fillvalue=(None, None)), 1)
+        return [(depth, *pixel, *semantic) for depth, (pixel, semantic) in listed]
 
     def sharing(self, coded: Coded, position: int, vocabulary: Vocabulary, depths: int, most: int = 24) -> list[Patch]:
         """Patches of this picture and of the references whose first `depths` codes are those of a position."""

@@ -13,7 +13,7 @@ from dualtoken.mllm.assistant import Assistant
 
 WAITING = 32  # requests in the queue; one is worked on at a time
 LARGEST_FILE = "32mb"
-KEPT = (3600, 3600)  # seconds: pictures of the page are removed after an hour, looked for every hour
+KEPT = (3600, 24 * 3600)  # seconds: every hour pictures of the page that are older than a day are removed
 
 
 def app(model: str = "mini", host: str = "127.0.0.1", port: int = 7860, browser: bool = False) -> None:
@@ -56,7 +56,7 @@ def build(assistant: Assistant, name: str) -> Any:
 
 
 def launch(blocks: Any, host: str, port: int, browser: bool = False) -> tuple[Any, str, str]:
-    """Serve a page without waiting; what gradio.Blocks.launch returns. Raises UserError for a port in use."""
+    """Serve a page without waiting; what gradio.Blocks.launch returns. Raises UserError for a port it cannot have."""
     gr = gradio()
     theme = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
     try:
@@ -64,7 +64,7 @@ def launch(blocks: Any, host: str, port: int, browser: bool = False) -> tuple[An
             server_name=host, server_port=port or None, inbrowser=browser, share=False, quiet=True, show_error=True,
             ssr_mode=False, footer_links=[], theme=theme, max_file_size=LARGEST_FILE, prevent_thread_lock=True,
         )  # fmt: skip
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); give another --port") from None
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from dualtoken.app.studio import Sampling
 from dualtoken.app.token_view import enlarged
 from dualtoken.core.errors import UserError
-from dualtoken.core.images import read_image
+from dualtoken.core.images import ImageError, read_image
 from dualtoken.data.images import photographs
 from dualtoken.data.scenes import scene
 from dualtoken.mllm.assistant import Assistant
@@ -20,7 +20,7 @@ from dualtoken.mllm.assistant import Assistant
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # one request at a time, the others wait in line
 QUIET = {"api_visibility": "private"}  # no entry in the page's API: `dualtoken serve` has one
 SIDE = 192  # px of a drawn scene on the page
-STOPS: dict[str | None, threading.Event] = {}  # by page, of what it asked for last
+STOPS: dict[tuple[str | None, str], threading.Event] = {}  # by page and tab, of what it asked for last
 
 
 @contextmanager
@@ -28,6 +28,9 @@ def errors_in_page() -> Iterator[None]:
     """A mistake of the person's is said in the page, without a traceback."""
     try:
         yield
+    except ImageError as error:
+        gone = "a picture of this page is no longer kept (a day at most): give it again, or begin a new conversation"
+        raise gr.Error(gone if str(error).endswith("no such file") else str(error), print_exception=False) from None
     except UserError as error:
         raise gr.Error(str(error), print_exception=False) from None
 
@@ -96,23 +99,28 @@ def sampling_of(guidance: float, pixel: float, semantic: float, seed: float | No
     return Sampling(guidance, pixel, semantic, int(seed))
 
 
-def stop_of(request: gr.Request) -> threading.Event:
-    """What the Stop buttons of the page that asks will set, from now on: one thing of a page is at work at a time."""
-    STOPS[request.session_hash] = threading.Event()
-    return STOPS[request.session_hash]
+def stop_of(request: gr.Request, tab: str) -> threading.Event:
+    """What the Stop button of a tab of the page that asks will set, from now on."""
+    event = STOPS[request.session_hash, tab] = threading.Event()
+    return event
 
 
-def stop(request: gr.Request) -> None:
-    """End what a page asked for last, where it is still at work; so does closing the page."""
-    if event := STOPS.pop(request.session_hash, None):
-        event.set()
+def stop(request: gr.Request, tab: str | None = None) -> None:
+    """End what a tab of a page asked for last, where it is still at work; of all tabs where the page is closed."""
+    for key in [key for key in list(STOPS) if key[0] == request.session_hash and tab in (None, key[1])]:
+        if event := STOPS.pop(key, None):
+            event.set()
 
 
-def stop_button(*events: Any) -> gr.Button:
+def stop_button(tab: str, *events: Any) -> gr.Button:
     """A button that ends what these events began: those that wait leave the line, the one at work ends itself.
 
     (Gradio alone would stop listening to it, and it would hold the model until it is done.)
     """
     button = gr.Button("Stop", variant="stop", min_width=80)
-    button.click(stop, None, None, cancels=list(events), queue=False, **QUIET)
+
+    def stop_tab(request: gr.Request) -> None:
+        stop(request, tab)
+
+    button.click(stop_tab, None, None, cancels=list(events), queue=False, **QUIET)
     return button

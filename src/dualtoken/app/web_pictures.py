@@ -50,13 +50,13 @@ def draw_tab(assistant: Assistant) -> None:
     ) -> Any:  # fmt: skip
         with errors_in_page():
             chosen = sampling_of(guidance, pixel, semantic, seed)
-            shown = studio.draw(assistant, prompt, int(number), chosen, compare, stop_of(request))
+            shown = studio.draw(assistant, prompt, int(number), chosen, compare, stop_of(request, "draw"))
             yield from _galleries(shown, progress, (BOTH, PIXEL_ONLY))
 
     event = gr.on([button.click, prompt.submit], draw, [prompt, number, compare, *sampling], [with_semantic, without],
                   show_progress_on=[with_semantic], **MODEL, **QUIET)  # fmt: skip
     with place:
-        stop_button(event)
+        stop_button("draw", event)
 
 
 def edit_tab(assistant: Assistant) -> None:
@@ -79,14 +79,14 @@ def edit_tab(assistant: Assistant) -> None:
     ) -> Any:  # fmt: skip
         with errors_in_page():
             chosen = sampling_of(guidance, pixel, semantic, seed)
-            shown = studio.edit(assistant, picture, instruction, int(number), chosen, stop_of(request))
+            shown = studio.edit(assistant, picture, instruction, int(number), chosen, stop_of(request, "edit"))
             for (pictures,) in _galleries(shown, progress, ("edited",)):
                 yield pictures
 
     event = gr.on([button.click, instruction.submit], edit, [picture, instruction, number, *sampling], edited,
                   **MODEL, **QUIET)  # fmt: skip
     with place:
-        stop_button(event)
+        stop_button("edit", event)
 
 
 def _galleries(shown: Iterator[Shown], progress: gr.Progress, names: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:

@@ -8,6 +8,7 @@ from PIL import Image
 from dualtoken.app.token_view import SWAPS, Coded, TokenView, enlarged
 from dualtoken.app.web_parts import MODEL, QUIET, errors_in_page, gallery, picture_input, shown_picture
 from dualtoken.core.errors import UserError
+from dualtoken.eval.report import cell
 from dualtoken.mllm.assistant import Assistant
 
 HINT = "Click a place in one of the pictures to see its codes."
@@ -110,4 +111,4 @@ def codes_table(view: TokenView, coded: Coded, position: int) -> str:
         "| depth | pixel code | positions | semantic code | positions |",
         "|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, entry))} |" for entry in view.codes_at(coded, position))])
+    return "\n".join([*lines, *(f"| {' | '.join(map(cell, entry))} |" for entry in view.codes_at(coded, position))])

@@ -46,7 +46,7 @@ def look_tab(assistant: Assistant) -> None:
         with errors_in_page():
             chat = [*said, message(text, picture if picture != last else None)]
             growing = ""
-            with closing(studio.answer(assistant, chat, stop=stop_of(request))) as answers:
+            with closing(studio.answer(assistant, chat, stop=stop_of(request, "look"))) as answers:
                 for growing in answers:
                     yield for_chatbot([*chat, {"role": "assistant", "content": growing}]), said, last, text
             chat.append({"role": "assistant", "content": growing})
@@ -55,7 +55,7 @@ def look_tab(assistant: Assistant) -> None:
     event = gr.on([button.click, question.submit], ask, [question, picture, said, last], [talk, said, last, question],
                   **MODEL, **QUIET)  # fmt: skip
     with place:
-        stop_button(event)
+        stop_button("look", event)
     again.click(lambda: ([], [], None), None, [talk, said, last], queue=False, **QUIET)
 
 
@@ -80,7 +80,7 @@ def story_tab(assistant: Assistant) -> None:
     ) -> Any:  # fmt: skip
         with errors_in_page():
             chosen, state = sampling_of(guidance, pixel, semantic, seed), studio.Told()
-            pictures, stop = [] if picture is None else [read_image(picture)], stop_of(request)
+            pictures, stop = [] if picture is None else [read_image(picture)], stop_of(request, "story")
             with closing(studio.tell(assistant, prompt, pictures, int(most), chosen, stop=stop)) as states:
                 for state in states:
                     progress((state.number, int(most)), desc=f"picture {state.number}", unit="pictures")
@@ -93,7 +93,7 @@ def story_tab(assistant: Assistant) -> None:
     event = gr.on([button.click, prompt.submit], tell, [prompt, picture, most, *sampling], [drawing, told],
                   show_progress_on=[told], **MODEL, **QUIET)  # fmt: skip
     with place:
-        stop_button(event)
+        stop_button("story", event)
 
 
 def message(text: str, picture: str | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dualtoken.eval.zero_shot import accuracy, class_vectors, embed_texts, quant
 from dualtoken.eval.zero_shot import retrieval as retrieval_at_1
 from dualtoken.tokenizer.encoder import ImageTextEncoder, TextTokenizer
 from dualtoken.tokenizer.initial import open_backbone
-from dualtoken.tokenizer.presets import BUNDLED, open_tokenizer
+from dualtoken.tokenizer.presets import BUNDLED, open_tokenizer, scale_of
 from dualtoken.tokenizer.pretrained import open_image_text
 from dualtoken.tokenizer.tokenizer import DualTokenVisionTokenizer
 from dualtoken.training.perceptual import LPIPS
@@ -126,7 +126,14 @@ def reconstruction(
     if lpips_weights:
         how["lpips"] += f", {lpips_net} by {Path(lpips_weights).name}"
     protocol = _protocol(tokenizer.image_size, result.images, reference="the same pictures, cropped alike", **how)
-    found = {"model": model, "data": data, **asdict(result), "protocol": protocol, "skipped": skipped}
+    found = {
+        "model": model,
+        "scale": scale_of(tokenizer),
+        "data": data,
+        **asdict(result),
+        "protocol": protocol,
+        "skipped": skipped,
+    }
     write_json(output, found)
     return found
 
@@ -181,7 +188,7 @@ def zero_shot(
     )  # fmt: skip
     print(table(("factor", "semantic codes", "continuous teacher"), rows))
     result = {"model": model, "data": data, "images": len(labels), "classes": len(names), **found}
-    result |= {"protocol": protocol, "skipped": skipped}
+    result |= {"scale": scale_of(opened.tokenizer), "protocol": protocol, "skipped": skipped}
     write_json(output, result)
     return result
 
@@ -241,6 +248,7 @@ def retrieval(
     score = (
         "cosine among all; an image is right with any of its captions; images whose captions are all equal count as one"
     )
+    result |= {"scale": scale_of(opened.tokenizer)}
     result |= {"protocol": _protocol(size, len(written), score=score), "skipped": skipped}
     write_json(output, result)
     return result

@@ -27,6 +27,7 @@ from dualtoken.eval.scene_reader import SeenObject, background, read_scene, show
 from dualtoken.eval.understanding import Unseen, picture_of
 from dualtoken.generation.sampling import DrawConfig, DrawEngine
 from dualtoken.mllm.assistant import Assistant
+from dualtoken.tokenizer.presets import scale_of
 
 OUTSIDE_DB = 22.0  # what an edit leaves alone must come back at least this well
 KINDS = {"one object": 1, "two objects with relation": 2}  # drawings, and how many objects are asked for
@@ -114,7 +115,8 @@ def generation(
         for name, listed in sheets.items():
             save_sheet(listed, Path(pictures) / f"{name.replace(' ', '-')}.png")
     result = {
-        "model": model, "split": split, "seed": seed, "guidance": config.guidance,
+        "model": model, "scale": scale_of(assistant.model.vision_tokenizer), "split": split, "seed": seed,
+        "guidance": config.guidance,
         "semantic_codes": config.semantic_codes, "shares": {name: value.numbers() for name, value in found.items()},
         "outside_psnr_median": float(np.median([v.outside for v in verdicts])),
         "protocol": {

@@ -15,6 +15,7 @@ from dualtoken.data.scene_text import QUESTION_TYPES, Question, answer_of, quest
 from dualtoken.data.scenes import BACKGROUNDS, COLORS, SHAPES, SPLITS, TEXTURES, Scene, scene
 from dualtoken.eval.report import Share, share, table, write_json
 from dualtoken.mllm.assistant import Assistant, user
+from dualtoken.tokenizer.presets import scale_of
 
 Unseen = Literal["test", "probe"]  # splits of the world that nothing learns from
 THINGS = {*COLORS, *SHAPES, *TEXTURES, *BACKGROUNDS}
@@ -68,7 +69,7 @@ def understanding(
     named = describe_scenes(assistant, captions, batch_size, split)
     print(table(("caption names", "right [95 %]"), [(name, str(value)) for name, value in named.items()]))
     result = {
-        "model": model, "split": split, "seed": seed,
+        "model": model, "scale": scale_of(assistant.model.vision_tokenizer), "split": split, "seed": seed,
         "vqa": overall.numbers() | {"commonest_answer": usual.value}, "vqa_by_type": by_type,
         "captions": {name: value.numbers() for name, value in named.items()},
         "protocol": {

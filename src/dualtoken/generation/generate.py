@@ -1,13 +1,13 @@
 """`model.generate`: one entrance to writing, drawing, and both."""
 
-from numbers import Integral
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dualtoken.core.codes import DualCodes
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, whole_number
 from dualtoken.generation.context import Model, split
 from dualtoken.generation.image import draw
 from dualtoken.generation.interleaved import interleave
@@ -15,6 +15,7 @@ from dualtoken.generation.sampling import DrawConfig
 from dualtoken.generation.text import stop_ids, write
 
 MODES = ("text", "image", "interleaved")
+SEEDS = 2**63 - 1  # the largest seed
 PASSED = {"generation_config", "max_length", "max_new_tokens"}  # what pipelines give whatever is asked for
 
 
@@ -52,10 +53,11 @@ def generate(
             f"{', '.join(useless)}: not an option of drawing; guidance, temperature, top_k and top_p of each head are "
             "those of draw=DrawConfig(...)"
         )
-    if num_images_per_prompt < 1:
-        raise UserError(f"num_images_per_prompt {num_images_per_prompt} must be at least 1")
+    whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+    whole_number("max_images", max_images, 0)
     contexts = split(model.config, input_ids, attention_mask, codes)
-    seeds = [seed] * len(contexts) if isinstance(seed, Integral) else list(seed)
+    several = isinstance(seed, Iterable) and not isinstance(seed, str)
+    seeds = [whole_number("seed", s, 0, SEEDS) for s in (seed if several else [seed] * len(contexts))]
     if len(seeds) != len(contexts):
         raise UserError(f"seed: {len(seeds)} numbers for {len(contexts)} prompts; give one, or one for each")
     if mode == "text":
@@ -70,7 +72,7 @@ def generate(
         plain = split(model.config, *unconditional, codes)
     if mode == "image":
         each = range(num_images_per_prompt)
-        several = [c for c in contexts for _ in each]
+        repeated = [c for c in contexts for _ in each]
         empty = None if plain is None else [c for c in plain for _ in each]
-        return draw(model, several, empty, draw_config, [s + j for s in seeds for j in each], callback, watch)
+        return draw(model, repeated, empty, draw_config, [s + j for s in seeds for j in each], callback, watch)
     return interleave(model, contexts, plain, draw_config, seeds, max_images, callback, watch, **text_options)

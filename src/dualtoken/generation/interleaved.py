@@ -42,7 +42,9 @@ def interleave(
     watch: Callable[[DualCodes], None] | None = None,
     **options,
 ) -> list[Reply]:
-    """Go on with each context until it ends or has drawn `max_images`.
+    """Go on with each context until it ends, has drawn `max_images`, or the LLM takes no more.
+
+    Raises UserError where the LLM has room for nothing: neither for the first words nor for a picture in their place.
 
     Args: seeds: a number for each row; its k-th image uses seed + k. `options` as in `text.write`, for each stretch
         of words.
@@ -52,16 +54,19 @@ def interleave(
     plain = None if unconditional is None else list(unconditional)
     ends, options = set(stop_ids(model)), options | {"may_draw": True, "draw_semantic": config.semantic_codes}
     active = list(range(len(contexts)))
+    begun = False
     while active:
-        wanting = []
-        for row, ids in zip(active, write(model, [contexts[i] for i in active], **options), strict=True):
+        wanting, written = [], write(model, [contexts[i] for i in active], shorten=begun, **options)
+        begun = True
+        for row, ids in zip(active, written, strict=True):
             reply, last = replies[row], int(ids[-1])
             wants, ended = last == model.config.draw_start_id, last in ends
             spoken = ids[:-1] if wants or ended else ids
             if len(spoken):
                 reply.parts.append(spoken)
             contexts[row] = contexts[row].extend(spoken)
-            if wants and len(reply.images) < max_images:
+            fits = len(contexts[row].ids) + 1 + model.config.positions <= model.context
+            if wants and len(reply.images) < max_images and (fits or not reply.parts):
                 wanting.append(row)
             else:
                 reply.ended = ended
@@ -74,5 +79,5 @@ def interleave(
                 contexts[row] = contexts[row].draw(model.config, codes[place])
                 if plain is not None:
                     plain[row] = plain[row].draw(model.config, codes[place])
-        active = wanting
+        active = [row for row in wanting if len(contexts[row].ids) < model.context]
     return replies

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, finite_number, whole_number
 
 DrawEngine = Literal["auto", "plain", "static", "graph", "compiled"]
 
@@ -23,11 +23,10 @@ class HeadSampling:
     top_p: float = 0.96
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if finite_number("temperature", self.temperature) < 0:
             raise UserError(f"temperature {self.temperature} must be 0 (the likeliest code) or above")
-        if self.top_k < 0:
-            raise UserError(f"top_k {self.top_k} must be 0 (all codes) or above")
-        if not 0 < self.top_p <= 1:
+        whole_number("top_k", self.top_k, 0)
+        if not 0 < finite_number("top_p", self.top_p) <= 1:
             raise UserError(f"top_p {self.top_p} must lie above 0 and up to 1")
 
 
@@ -53,6 +52,7 @@ class DrawConfig:
     engine: DrawEngine = "auto"
 
     def __post_init__(self) -> None:
+        finite_number("guidance", self.guidance)
         if self.engine not in get_args(DrawEngine):
             raise UserError(f"draw engine {self.engine!r} must be one of {', '.join(get_args(DrawEngine))}")
 
@@ -69,9 +69,11 @@ class DrawConfig:
         semantic: dict[str, Any] | None = None,
         semantic_codes: bool = True,
     ) -> "DrawConfig":
-        """The same with other values where they are given. Raises UserError for a name that a head has not."""
+        """The same with other values where they are given. Raises UserError for what a head has not."""
         heads = {}
         for name, values in (("pixel", pixel or {}), ("semantic", semantic or {})):
+            if not isinstance(values, dict):
+                raise UserError(f"{name} {values!r}: give a dict of {', '.join(vars(self.pixel))}")
             if unknown := set(values) - set(vars(self.pixel)):
                 raise UserError(f"{name}: unknown {', '.join(sorted(unknown))}; known: {', '.join(vars(self.pixel))}")
             heads[name] = replace(getattr(self, name), **values)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, whole_number
 from dualtoken.generation.context import Context, Model, join
 
 MAX_NEW_TOKENS = 256
@@ -18,12 +18,18 @@ REFUSED = {  # options that change what is returned, or that the model decides
 
 @torch.no_grad()
 def write(
-    model: Model, contexts: list[Context], may_draw: bool = False, draw_semantic: bool = True, **options
+    model: Model,
+    contexts: list[Context],
+    may_draw: bool = False,
+    draw_semantic: bool = True,
+    shorten: bool = False,
+    **options,
 ) -> list[Tensor]:
     """Go on with each context in words until the reply ends; with `may_draw` also until the model wants to draw.
 
     Args:
         draw_semantic: False where pictures drawn before have no semantic codes.
+        shorten: write no more than the context has room for also where max_new_tokens is said.
         options: of transformers' generate (max_new_tokens, do_sample, temperature, streamer, ...); those that change
             what it returns are refused. Without max_new_tokens as many as the generation_config says, that of the model
             or one among the options, else 256; then no more than the context has room for.
@@ -39,8 +45,11 @@ def write(
             "generation_config: num_return_sequences and return_dict_in_generate are not among the options here; "
             "repeat the prompt for several replies"
         )
-    if options.get("max_new_tokens") is None:
-        most = (wish or model.llm.generation_config).max_new_tokens or MAX_NEW_TOKENS
+    said = options.get("max_new_tokens")
+    if said is not None:
+        whole_number("max_new_tokens", said, 1)
+    if said is None or shorten:
+        most = said or (wish or model.llm.generation_config).max_new_tokens or MAX_NEW_TOKENS
         found: dict[int, Tensor] = {}
         rooms = [min(most, max(1, model.context - len(c.ids))) for c in contexts]
         for room in sorted(set(rooms)):  # none is cut short because another prompt is long
@@ -49,9 +58,7 @@ def write(
             group = write(model, [contexts[i] for i in chosen], may_draw, draw_semantic, **told)
             found |= dict(zip(chosen, group, strict=True))
         return [found[i] for i in range(len(contexts))]
-    if options["max_new_tokens"] < 1:
-        raise UserError(f"max_new_tokens {options['max_new_tokens']}: give at least 1")
-    rows = join(model, contexts, options["max_new_tokens"], draw_semantic)
+    rows = join(model, contexts, said, draw_semantic)
     stops = stop_ids(model)
     never = [config.vision_start_id, config.image_id, config.vision_end_id, config.draw_end_id]
     options.setdefault("do_sample", wish is not None and bool(wish.do_sample))

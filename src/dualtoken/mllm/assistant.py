@@ -38,7 +38,15 @@ class Assistant:
     def open(
         cls, model: str, option: str = "--model", device: str | None = None, engine: DrawEngine | None = None
     ) -> "Assistant":
-        """The model of a preset or directory, on the GPU where there is one; `engine`: how it draws from now on."""
+        """The model of a preset or directory, on the GPU where there is one; `engine`: how it draws from now on.
+
+        Raises UserError where there is no such model or device.
+        """
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"device {device!r}: give cpu, or cuda where there is a GPU ({reason})") from None
         opened, processor = open_mllm(model, option)
         if engine is not None:
             opened.config.draw = opened.config.draw | {"engine": engine}

@@ -27,6 +27,8 @@ Scale = Literal["mini", "full"]
 OPTIONS = ("data", "train_data", "weights", "encoder", "baseline", "inception", "lpips", "flickr8k", "scores")
 SPREAD = " sd"  # ends the name of a standard deviation over seeds, which stands beside its measure
 NAMES = {"mini": "miniature", "full": "full scale", "paper": "paper"}  # whose numbers a column has
+PERCENT = ("zero_shot", "text_to_image", "image_to_text", "tokenizer zero_shot", "questions", "commonest answer")
+UNITS = {"psnr": "dB", "tokenizer psnr": "dB", **dict.fromkeys(PERCENT, "%")}
 BUDGET = 30.0  # minutes of a table for which the steps of the miniatures are meant
 
 
@@ -257,7 +259,7 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
 def page(found: dict[str, Any]) -> str:
     """What ID.json holds as Markdown."""
     columns = columns_of(found["rows"])
-    names = ["", *(f"{key} ({NAMES[side]})" for side, key in columns)]
+    names = ["", *(column_title(side, key) for side, key in columns)]
     lines = [f"# {found['title']}, {NAMES[found['scale']]}", "", f"The paper: {found['claim']}", ""]
     lines += [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     for row in found["rows"]:
@@ -299,6 +301,11 @@ def columns_of(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         (side, key) for side in NAMES
         for key in dict.fromkeys(key for row in rows for key in values_of(row, side)) if not key.endswith(SPREAD)
     ]  # fmt: skip
+
+
+def column_title(side: str, key: str) -> str:
+    """A measure with its unit, where it has one, and whose it is: "psnr, dB (miniature)"."""
+    return f"{key}{', ' if key in UNITS else ''}{UNITS.get(key, '')} ({NAMES[side]})"
 
 
 def values_of(row: dict[str, Any], side: str) -> dict[str, Any]:

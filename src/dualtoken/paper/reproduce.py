@@ -28,7 +28,7 @@ from dualtoken.paper.multimodal import (
 from dualtoken.paper.numbers import paper_figure, paper_table
 from dualtoken.paper.scored import TABLES, scored
 from dualtoken.paper.side_by_side import run_all, usual_processes
-from dualtoken.paper.summary import write_summary
+from dualtoken.paper.summary import write_result, write_summary
 from dualtoken.paper.table3 import table3
 from dualtoken.paper.tables import check_table1, table1
 
@@ -148,7 +148,7 @@ def reproduce(
         id: table3, fig8, ...; "all" (at full scale what the options given allow); or "list", which says what there is,
             what each needs, and what is made.
         scale: "mini" (the bundled world and checkpoints, two cores) or "full" (the paper's, with data and weights).
-        output: folder for ID.json, ID.md and pictures.
+        output: folder for ID.json, ID.md, ID.html and pictures; of `all` index.html in place of ID.html.
         data: pictures to measure on, at full scale; for fig5 a file of prompts.
         train_data: other pictures, for tables that train tokenizers; the miniature has scenes of its own.
         weights: what is measured: the directory of a tokenizer, for table11 and fig5 of a multimodal model.
@@ -229,6 +229,8 @@ def reproduce(
     run_all(waiting, processes)
     if id == "all":
         write_summary(setting.out, chosen)
+    else:
+        write_result(setting.out, id)
 
 
 def _keep(place: Path, setting: Setting) -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
 
+from dualtoken.core.errors import UserError
 from dualtoken.core.images import fit_image, image_bytes, read_image, to_float, to_picture
 
 CHANNELS = (1, 3, 4)
@@ -28,7 +29,7 @@ class DualTokenImageProcessor(BaseImageProcessor):
 
         pixel_values: float32 [B, 3, size, size] in [-1, 1].
 
-        Raises ImageError for a file that cannot be read.
+        Raises ImageError for a file that cannot be read, UserError for an array of another kind.
         """
         listed = images if isinstance(images, (list, tuple)) else [images]
         pixels = [image_bytes(fit_image(self._open(image), self.size)) for image in listed]
@@ -39,10 +40,14 @@ class DualTokenImageProcessor(BaseImageProcessor):
         return [to_picture(image) for image in images]
 
     def _open(self, image: Picture) -> Image.Image:
-        if isinstance(image, Tensor):
-            image = image.cpu().numpy()
-        if isinstance(image, np.ndarray):
-            if image.ndim == 3 and image.shape[-1] not in CHANNELS and image.shape[0] in CHANNELS:
-                image = np.moveaxis(image, 0, -1)
-            image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
-        return read_image(image)
+        return read_image(_from_array(image) if isinstance(image, (Tensor, np.ndarray)) else image)
+
+
+def _from_array(array: Tensor | np.ndarray) -> Image.Image:
+    kind, sizes = str(array.dtype).removeprefix("torch."), list(array.shape)
+    channels = [place for place in (-1, 0) if len(sizes) == 3 and sizes[place] in CHANNELS]
+    if kind != "uint8" or 0 in sizes or not (channels or len(sizes) == 2):
+        raise UserError(f"picture: {kind} array {sizes}; give uint8 [H, W], [H, W, C] or [C, H, W] with C of 1, 3, 4")
+    values = array.cpu().numpy() if isinstance(array, Tensor) else array
+    values = np.moveaxis(values, channels[0], -1) if channels else values
+    return Image.fromarray(values[..., 0] if channels and values.shape[-1] == 1 else values)

@@ -67,6 +67,18 @@ def meta_tokenizer(name: str) -> DualTokenVisionTokenizer:
         return DualTokenVisionTokenizer(shape_config(name))
 
 
+def scale_of(tokenizer: DualTokenVisionTokenizer) -> str | None:
+    """ "mini" for the bundled miniature's backbone, trained by whomever, "full" for that of a shape, else None."""
+
+    def kind(backbone: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return backbone["name"], backbone.get("overrides") or {}
+
+    own, mini = kind(tokenizer.config.backbone), DualTokenVisionConfig.from_pretrained(tokenizer_directory("mini"))
+    if own == kind(mini.backbone):
+        return "mini"
+    return "full" if own in [kind(recipe["backbone"]) for recipe in shapes().values()] else None
+
+
 def fitting_shape(width: int, layers: int, positions: int, class_tokens: int = 0) -> str | None:
     """The first shape by name whose backbone has these sizes, None if there is none."""
     for name in shapes():

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dualtoken.core.checkpoint import disk_errors, latest_state, load_state, save_state
 from dualtoken.core.distributed import add_counts, any_process, on_main
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, whole_number
 from dualtoken.training.health import MOST_SKIPPED, Pace, Skipped, collapsed
 from dualtoken.training.sharded import allow_cpu, save_shards, shard, shard_plugin
 
@@ -69,8 +69,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("accumulate", 1), ("keep", 1), ("save_every", 0), ("eval_every", 0), ("log_every", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--loop.{name} {getattr(self, name)}: give at least {least}")
+            whole_number(f"--loop.{name}", getattr(self, name), least)
 
 
 FREE = ("output", "loop", "resume", "evaluation", "dtype")  # settings that may change while a run goes on
