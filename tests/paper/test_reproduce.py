@@ -192,6 +192,7 @@ def test_the_command_of_a_result_makes_that_result_and_changed_files_are_no_vers
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "table1.json").read_text())
     assert command_of(found) == " ".join(["dualtoken", *arguments])
+    assert command_of(found | {"options": {"data": "my pictures"}}).endswith(" --data 'my pictures'")
     setting = Setting(out=tmp_path, seed=3, pictures=7, budget=2.5)
     assert finished(tmp_path / "table1.json", setting)
     monkeypatch.setattr("dualtoken.paper.experiment.commit", lambda: "abc+")

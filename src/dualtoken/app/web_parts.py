@@ -50,7 +50,7 @@ def picture_input(label: str, pick: str = "or pick one") -> gr.Image:
             sources=["upload", "clipboard"], buttons=[],
         )  # fmt: skip
         picked = gr.Gallery(
-            samples(), label=pick, columns=3, height=250, allow_preview=False, format="png", buttons=[],
+            samples(), label=pick, columns=4, height=220, allow_preview=False, format="png", buttons=[],
             interactive=False,
         )  # fmt: skip
 
@@ -86,8 +86,8 @@ def sampling_controls(assistant: Assistant) -> list[gr.components.Component]:
     with gr.Row():
         return [
             gr.Slider(1, 10, own.guidance, step=0.5, label="guidance (1 = none)"),
-            gr.Slider(0, 2, own.pixel.temperature, step=0.05, label="temperature, pixel head"),
-            gr.Slider(0, 2, own.semantic.temperature, step=0.05, label="temperature, semantic head"),
+            gr.Slider(0, 2, own.pixel.temperature, step=0.05, label="pixel temperature"),
+            gr.Slider(0, 2, own.semantic.temperature, step=0.05, label="semantic temperature"),
             gr.Number(0, precision=0, minimum=0, label="seed"),
         ]
 

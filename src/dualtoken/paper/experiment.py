@@ -5,6 +5,7 @@ Measured numbers and the paper's stand in columns of their own and are never mix
 
 import json
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Callable
@@ -291,7 +292,7 @@ def command_of(found: dict[str, Any]) -> str:
     words += [f"--{name} {str(value).removesuffix('.0')}" for name, value, usual in changed if value != usual]
     for name, value in found.get("options", {}).items():
         listed = ",".join(f"{n}={file}" for n, file in value.items()) if isinstance(value, dict) else value
-        words.append(f"--{name} {listed}")
+        words.append(f"--{name} {shlex.quote(str(listed))}")
     return " ".join(words)
 
 
