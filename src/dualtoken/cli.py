@@ -204,7 +204,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 after a mistake of the user's."""
+    """Run a command; returns the exit status: 0, or 2 after a mistake of the user's or an error of files."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(arguments)

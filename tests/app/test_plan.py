@@ -77,6 +77,7 @@ def test_mistakes_name_the_option(name, options, words):
     [
         ("a: [", "no YAML"),
         ("vision_tokenizer: mini\nrecipe: {'1': {trains: {projektor: 1.0}, batch_size: 8, mixture: {}}}", "projektor;"),
+        ("vision_tokenizer: mini\ndata: {sources: [x]}", "data.sources is no list of sources"),
         ("vision_tokenizer: mini\nrecipe: {'1': {batch: 8}}", "its stages .* cannot be read: .*'batch'"),
     ],
 )

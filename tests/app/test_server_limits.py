@@ -24,6 +24,7 @@ from dualtoken.app.http_border import BorderConfig
 from dualtoken.app.http_pictures import PictureLimits
 from dualtoken.app.http_service import ServerConfig
 from dualtoken.cli import main
+from dualtoken.core.errors import UserError
 from dualtoken.generation.sampling import DrawConfig
 from dualtoken.mllm.assistant import Assistant
 from tests.app.serving import MODEL, SECONDS, alike, chat, data_url, eventually, png, running
@@ -168,7 +169,7 @@ def test_pictures_of_addresses_are_fetched_where_that_is_allowed(assistant, monk
         shown = [f"http://127.0.0.1:{pictures.server_port}/x.png", data_url(png("blue"))]
         found = httpx.post(f"{url}/v1/tokenize", json={"images": shown}, timeout=SECONDS).json()["data"]
         pictures.shutdown()
-        elsewhere = httpx.post(f"{url}/v1/tokenize", json={"images": ["http://127.0.0.2:1/x.png"]})
+        elsewhere = httpx.post(f"{url}/v1/tokenize", json={"images": ["http://127.0.0.2:1/x.png"]}, timeout=SECONDS)
         assert elsewhere.status_code == 400 and "not on the public internet" in elsewhere.text
     assert found[0]["pixel"] == found[1]["pixel"]
 
@@ -225,6 +226,10 @@ def local(assistant):
 def test_who_listens_to_other_machines_is_asked_by_any_name_unless_told():
     assert serve.names("0.0.0.0", None) is None and serve.names("192.168.1.5", None) is None
     assert serve.names("127.0.0.2", None) == {"127.0.0.1", "127.0.0.2", "::1", "localhost"}
+    assert serve.names("LocalHost", None) == serve.names("::1", None) == set(serve.LOCAL)
+    for wrong in ("models.example:443", "https://models.example"):
+        with pytest.raises(UserError, match=f"--hosts {wrong}: give names alone"):
+            serve.names("127.0.0.1", wrong)
     assert serve.names("0.0.0.0", "Models.example") >= {"models.example", "localhost"}
 
 

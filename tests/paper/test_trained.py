@@ -37,7 +37,8 @@ def test_the_key_follows_what_is_learnt_and_nothing_else(tmp_path):
               Variant(2, 5, quantizer="mcq"), Variant(2, 5, own_encoder=True)]  # fmt: skip
     assert len({one.key, *(v.part(setting).key for v in others)}) == 6
     assert Variant(2, 5).part(Setting(out=tmp_path, budget=15)).key != one.key
-    assert Part(one.command, one.recipe, one.changes | {"loop": {"save_every": 1}}).key == one.key
+    for loop, same in (({"save_every": 1, "precision": False, "accumulate": 1}, True), ({"precision": "bf16"}, False)):
+        assert (Part(one.command, one.recipe, one.changes | {"loop": loop}).key == one.key) is same
     assert identity("encoder", "mini") != "mini" and identity("encoder", "some/where") == "some/where"
     assert merge({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 3}, "d": [2]}) == {"a": {"b": 3, "c": 2}, "d": [2]}
 

@@ -213,19 +213,24 @@ class TeacherForced:
             module.zero_grad(set_to_none=True)
 
 
+def check_both(model: DualTokenForConditionalGeneration | None) -> None:
+    """Raise UserError for a model that draws with one vocabulary: drawn once more with both, it takes the same."""
+    if model is not None and model.config.output != "both":
+        raise UserError(
+            f"the model draws {model.config.output} codes alone (model.output), so it has no second vocabulary to "
+            "compare with: give one that draws both, or its tokenizer alone"
+        )
+
+
 def mllm_costs(
     model: DualTokenForConditionalGeneration, text: int = 64, training: bool = False, repeats: int = 5
 ) -> dict[str, dict[Token, Cost]]:
     """What one vocabulary and two take: by kind of pass, then by "single" and "dual".
 
     Args: text: T, tokens of the prompt; training: also a step with gradients, of weights that all learn.
-    Raises UserError for a model that draws with one vocabulary: drawn once more with both, it takes the same.
+    Raises UserError as `check_both`.
     """
-    if model.config.output != "both":
-        raise UserError(
-            f"the model draws {model.config.output} codes alone (model.output), so it has no second vocabulary to "
-            "compare with: give one that draws both"
-        )
+    check_both(model)
     found: dict[str, dict[Token, Cost]] = defaultdict(dict)
     for token in ("single", "dual"):
         passes = TeacherForced(model, token, text)

@@ -14,7 +14,7 @@ import torch
 
 from dualtoken.analysis.clusters import Members, StreamedClusters
 from dualtoken.analysis.codebooks import CodebookStatistics
-from dualtoken.analysis.cost import Cost, mllm_costs, ratio, tokenizer_costs
+from dualtoken.analysis.cost import Cost, check_both, mllm_costs, ratio, tokenizer_costs
 from dualtoken.analysis.feature_space import Clouds, check_umap, embed, overlap
 from dualtoken.analysis.layers import blocks, contrast, pooled_layers, stream_similarity, suggested_pixel_layer
 from dualtoken.app.analysis_figures import draw_clouds, draw_depths, draw_similarities
@@ -246,6 +246,7 @@ def cost(
         tokenizer = mllm.vision_tokenizer
     else:
         mllm, tokenizer = None, tokenizer_of(model)
+    check_both(mllm)
     parts = tokenizer_costs(tokenizer, 1, repeats)
     print(table(("tokenizer, one image", *COST), [(name, *_cost_row(one)) for name, one in parts.items()]))
     result: dict[str, Any] = {"tokenizer": {name: asdict(one) for name, one in parts.items()}}

@@ -91,10 +91,10 @@ class Border:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
-        if self.config.hosts is not None:
+        if self.config.hosts is not None and scope["path"] not in OPEN:
             asked = {"Host": f"//{headers.get('host', '')}", "Origin": headers.get("origin")}
             for header, address in asked.items():
-                if address is not None and _host(address) not in self.config.hosts:
+                if address is not None and host_of(address) not in self.config.hosts:
                     return ApiError(403, f"{header}: not a name of this server; see --hosts of dualtoken serve")
         if self.config.api_key is not None and scope["path"] not in OPEN:
             given, wanted = headers.get("authorization", ""), f"Bearer {self.config.api_key}"
@@ -130,7 +130,7 @@ class Border:
         return limited
 
 
-def _host(address: str) -> str | None:
+def host_of(address: str) -> str | None:
     """The host of an address, None where it has none."""
     try:
         return urlsplit(address).hostname

@@ -20,7 +20,7 @@ from dualtoken.app.http_requests import SEEDS
 from dualtoken.mllm.assistant import Chat
 
 T = TypeVar("T")
-THREADS = 4  # that decode pictures and count tokens: a decoded picture is large
+THREADS = 4  # that decode pictures and count tokens: a decoded picture is large (one whose time is up ends its own)
 CHARACTERS = 64  # more of them than this for each token of the context are too many without counting
 
 

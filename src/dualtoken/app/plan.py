@@ -56,7 +56,10 @@ class Recipe:
     @property
     def looks(self) -> bool:
         """Whether pictures are read in training, which takes the vision tower; else all are stored codes."""
-        return any(source.get("format") != CODES for source in self.part("data", "sources", default=()))
+        sources = self.part("data", "sources", default=())
+        if not all(isinstance(source, dict) for source in sources):
+            raise UserError("RECIPE: data.sources is no list of sources as {format: FORMAT, path: PATH}")
+        return any(source.get("format") != CODES for source in sources)
 
 
 def plan(

@@ -87,16 +87,22 @@ def serve(
 
 
 def names(host: str, hosts: str | None) -> frozenset[str] | None:
-    """The names by which a server without a key may be asked; None = any."""
+    """The names by which a server without a key may be asked; None = any. Raises UserError for what is no name."""
     if hosts is None and not _local(host):
         return None
-    return frozenset(name.strip().lower() for name in [*LOCAL, host, *(hosts or host).split(",")])
+    from dualtoken.app.http_border import host_of
+
+    given = [name.strip().lower() for name in (hosts or host).split(",")]
+    for name in given:
+        if name != host_of(f"//[{name}]" if ":" in name else f"//{name}"):
+            raise UserError(f"--hosts {name}: give names alone, as models.example.org, without http:// and port")
+    return frozenset([*LOCAL, host.lower(), *given])
 
 
 def _local(host: str) -> bool:
     """Whether an address to listen at is of this machine alone."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

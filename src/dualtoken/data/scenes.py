@@ -222,7 +222,7 @@ class Scenes:
         return draw(self.size, self.split, self.seed, index)
 
 
-@lru_cache(maxsize=8192)  # tables train many models on the same few thousand: 57 MB of 48 px
+@lru_cache(maxsize=8192)  # tables train many models on the same few thousand; 57 MB of 48 px in each process
 def _sample(size: int, split: str, seed: int, index: int) -> Sample:
     from dualtoken.data.scene_text import caption  # scene_text builds on this file
 

@@ -214,7 +214,7 @@ def open_source(config: SourceConfig, size: int, tokenizer: str | None = None) -
     if config.format == "folder" and Path(config.path).is_dir():
         listed = Path(config.path) / "metadata.jsonl"
         if not listed.is_file():
-            if deeper := next(Path(config.path).rglob(listed.name), None):
+            if deeper := next(Path(config.path).glob(f"[!.]*/{listed.name}"), None):
                 raise UserError(f"{OPTION} {config.path}: {deeper} tells of pictures; give {deeper.parent} as path")
             return Folder(config, size)
         config = replace(config, path=str(listed))

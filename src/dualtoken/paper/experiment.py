@@ -240,10 +240,11 @@ def run(id: str, experiment: Experiment, setting: Setting) -> Path:
     setting.protocol.clear()
     setting.made.clear()
     setting = replace(setting, code=version())
+    asked = setting.asked  # with the stamps of what is measured from now on
     make = experiment.full if setting.scale == "full" and experiment.full else experiment.make
     result = make(setting)
     found = {
-        "id": id, "title": experiment.title, "claim": experiment.claim, **setting.asked,
+        "id": id, "title": experiment.title, "claim": experiment.claim, **asked,
         "seeds": result.seeds or [setting.seed], "commit": setting.code,
         "made_at": sorted(setting.made), "hardware": hardware(), "minutes": round((time.time() - start) / 60, 2),
         "parts": result.parts, "findings": result.findings,
@@ -328,6 +329,7 @@ def finished(place: Path, setting: Setting) -> bool:
     except (OSError, ValueError):
         return False
     same = all(found.get(key) == value for key, value in setting.asked.items()) and found["seeds"][0] == setting.seed
+    same = same and all((place.parent / picture).is_file() for picture in found["pictures"])
     return same and found.get("commit") == version() and not version().endswith("+")  # changed files have no name
 
 
@@ -337,7 +339,10 @@ def stamp(path: str) -> list[int]:
     So a folder with one more picture, or a model trained anew, is another one.
     """
     place = Path(path)
-    found = place.rglob("*") if place.is_dir() else [place] if place.exists() else find_shards(path, "--data").values()
+    try:
+        found = place.rglob("*") if place.is_dir() else [place] if place.exists() else find_shards(path, "").values()
+    except UserError:  # a pattern that nothing fits
+        found = []
     files = [one.stat() for one in found if one.is_file()]
     return [len(files), sum(one.st_size for one in files), max((one.st_mtime_ns for one in files), default=0)]
 

@@ -26,6 +26,7 @@ from dualtoken.paper.experiment import Setting, version
 from dualtoken.paper.side_by_side import helpers
 from dualtoken.tokenizer.presets import BUNDLED, RECIPES, open_tokenizer
 from dualtoken.training.encoder import train_encoder
+from dualtoken.training.loop import LoopConfig
 from dualtoken.training.mllm import train_mllm
 from dualtoken.training.stored_codes import store_codes
 from dualtoken.training.tokenizer import train_tokenizer
@@ -65,12 +66,13 @@ class Part:
     @property
     def key(self) -> str:
         """12 hex digits over all that the trained weights depend on but the code."""
-        content = {name: value for name, value in self.content().items() if name not in ASIDE}
+        whole, usual = self.content(), vars(LoopConfig())
+        content = {name: value for name, value in whole.items() if name not in ASIDE}
         for option in OPENS:
             if content.get(option):
                 content[option] = identity(option, content[option])
-        if kept := {k: v for k, v in self.content().get("loop", {}).items() if k in LEARNT}:
-            content["loop"] = kept
+        if learnt := {k: v for k, v in whole.get("loop", {}).items() if k in LEARNT and v not in (usual[k], False)}:
+            content["loop"] = learnt  # YAML reads `precision: no` as False
         content |= {option: part.key for option, part in self.models.items()}
         if "data" in content:  # where codes are kept, and how many processes read
             content["data"] = {k: v for k, v in content["data"].items() if k not in ("codes", "workers")}

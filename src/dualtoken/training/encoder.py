@@ -110,7 +110,7 @@ def train_encoder(
     config = ImageTextConfig(asdict(backbone), asdict(text))
     trainer = EncoderTrainer(ImageTextEncoder(config), text, caption_weight > 0)
     source = open_source(data, trainer.encoder.backbone.image_size)
-    run.skip(source.damaged)
+    run.skip(source.damaged if run.main else ())  # every process opens the same
     share = run.share(data.batch_size)
     batches = StepBatches(source, share, seed, run.accelerator.process_index, run.accelerator.num_processes)
     state = run.restore()

@@ -108,7 +108,7 @@ def train_tokenizer(
     if losses.perceptual > 0:
         perceptual = build_perceptual(teacher, losses.lpips_net, losses.lpips_weights, "--losses.lpips").to(run.device)
     source = open_source(data, tokenizer.image_size)
-    run.skip(source.damaged)
+    run.skip(source.damaged if run.main else ())  # every process opens the same
     share = run.share(data.batch_size)
     batches = StepBatches(source, share, seed, run.accelerator.process_index, run.accelerator.num_processes)
     unseen = DataConfig(evaluation.source, seed=data.seed)
