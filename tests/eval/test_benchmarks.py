@@ -273,6 +273,7 @@ def test_lmms_eval_results_by_task(tmp_path):
         read_lmms(str(tmp_path / "r.json"))
 
 
+@pytest.mark.slow
 def test_one_report_with_a_distance_to_mjhq(tmp_path, monkeypatch, capsys):
     (tmp_path / "geneval.jsonl").write_text(json.dumps({"tag": "counting", "correct": True, "metadata": "{}"}))
     folders = {"drawn": 0, "reference": 50}

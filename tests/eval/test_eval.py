@@ -55,6 +55,7 @@ def test_frechet_distance_tells_good_from_bad_reconstruction():
     assert torch.equal(quantized_embed(bad)(to_float(pixels)), embed_codes(bad, codes[1]))
 
 
+@pytest.mark.slow
 def test_fid_with_weights_in_torch_fidelity_format(tmp_path, capsys, monkeypatch):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"x": print}, tmp_path / "pickle.pth")  # more than tensors

@@ -51,6 +51,7 @@ def llm(kind="qwen2", **changes):
     return made.eval()
 
 
+@pytest.mark.slow
 def test_the_kernels_go_on_as_transformers_does():
     pytest.importorskip("triton")
     settings = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}

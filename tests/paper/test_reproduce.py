@@ -153,6 +153,7 @@ def of_test(make, **more):
     return Experiment("A table", "a claim", make, 1, ("data",), "X", **more)
 
 
+@pytest.mark.slow
 def test_two_tables_are_made_side_by_side_and_times_are_measured_alone(tmp_path, monkeypatch, capfd):
     tables = {"table1": of_test(made_in), "table11": of_test(made_in, alone=True), "table3": of_test(made_in)}
     monkeypatch.setattr(module, "EXPERIMENTS", tables)
@@ -164,6 +165,7 @@ def test_two_tables_are_made_side_by_side_and_times_are_measured_alone(tmp_path,
     assert capfd.readouterr().out.count("at work in") == 1  # the others' output is in their logs
 
 
+@pytest.mark.slow
 def test_a_table_that_fails_beside_another_says_so_in_one_line(tmp_path, monkeypatch, capfd):
     tables = {"table1": of_test(fails), "table3": of_test(made_in), "table7": of_test(made_in)}
     monkeypatch.setattr(module, "EXPERIMENTS", tables)
@@ -219,6 +221,7 @@ def marked(folder, setting):
         raise UserError("no luck")
 
 
+@pytest.mark.slow
 def test_a_helper_works_beside_and_its_failure_is_left_to_the_one_that_it_helps(tmp_path):
     threads = torch.get_num_threads()
     for fails in (False, True):
