@@ -39,7 +39,7 @@ class SourceConfig:
     """One dataset of `--data.sources`, and how its records become chats (docs/data.md).
 
     Args:
-        format: webdataset, folder, parquet, llava, cauldron, edit, obelics or text.
+        format: webdataset, folder, parquet, llava, cauldron, edit, obelics, text, or codes (shards of `encode`).
         path: a file, a folder, braces "cc12m/{0000..1242}.tar", a glob "cc12m/*.tar", or "hub:OWNER/NAME".
         weight: how often the mixture takes a chat from here, against the weights of the other sources.
         name: what pictures are called by where their codes are stored; "" = the path.
