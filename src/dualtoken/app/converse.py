@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dualtoken.app.report import Page, typed
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, at_least_one
 from dualtoken.core.images import read_image, save_picture
 from dualtoken.generation.sampling import DrawConfig, DrawEngine
 from dualtoken.mllm.assistant import Assistant, Progress, user
@@ -213,8 +213,7 @@ def _line() -> str:
 
 def _check(number: int, scale: int) -> None:
     """Raise UserError for numbers of pictures and of enlargement below 1."""
-    if number < 1:
-        raise UserError(f"--number {number}: give at least 1")
+    at_least_one(number=number)
     if scale < 1:
         raise UserError(f"--scale {scale}: give a whole number from 1")
 
