@@ -11,7 +11,6 @@ from dualtoken.data.collate import IGNORE
 from dualtoken.data.scene_chat import (
     AGAIN,
     CROWDED,
-    DRAWN,
     REDRAW,
     RELATION,
     TASKS,
@@ -128,13 +127,45 @@ def test_what_is_said_is_true_of_the_picture(chats):
                 assert (question, answer) in possible
 
 
+def test_edits_to_learn_from_can_be_asked_for_by_type():
+    as_they_come = SceneChats(SceneChatConfig(200, 200))
+    chosen = SceneChats(SceneChatConfig(200, 200, edits={"remove": 0.75, "move": 0.25}))
+    kinds = [], []
+    for index in range(120):
+        for chats, found in zip((as_they_come, chosen), kinds, strict=True):
+            asked = chats.sample("edit", index).messages[0].content[0]
+            found.append(asked.split()[0])
+    assert {"make", "add", "move", "remove"} <= set(kinds[0])
+    rest = [kind for kind in kinds[1] if kind != REDRAW.split()[0]]
+    assert set(rest) == {"remove", "move"} and 0.6 < rest.count("remove") / len(rest) < 0.9
+    unseen = SceneChats(SceneChatConfig(200, 200, edits={"remove": 1.0}), "test")
+    assert {unseen.sample("edit", i).messages[0].content[0].split()[0] for i in range(40)} > {"remove"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"drawn": (0.5, 0.5, 0.5)}, "--data.scenes.drawn [0.5, 0.5, 0.5]: give shares of 0 or more that add up to 1"),
+        ({"drawn": (1.5, -0.5, 0.0)}, "--data.scenes.drawn"),
+        ({"edits": {}}, "--data.scenes.edits []"),
+        ({"edits": {"paint": 1.0}}, "paint unknown; types are recolor, remove, add, move"),
+    ],
+)
+def test_shares_that_cannot_be_are_a_mistake(options, words):
+    with pytest.raises(UserError) as caught:
+        SceneChatConfig(**options)
+    assert words in str(caught.value)
+
+
 def test_most_drawings_to_learn_from_are_of_few_objects():
     chats = SceneChats(SceneChatConfig(400, 1))
     drawn = [chats.sample("text_to_image", index).pictures[0].drawing for index in range(400)]
     for count in (1, 2):
         share = sum(len(shown.objects) == count for shown in drawn) / len(drawn)
         of_all = sum(len(scene(number).objects) == count for number in range(400)) / 400
-        assert abs(share - DRAWN[count] - DRAWN[0] * of_all) < 0.08
+        assert abs(share - chats.config.drawn[count] - chats.config.drawn[0] * of_all) < 0.08
+    pairs = SceneChats(SceneChatConfig(400, 1, drawn=(0.0, 0.0, 1.0)))
+    assert all(len(pairs.sample("text_to_image", index).pictures[0].drawing.objects) == 2 for index in range(50))
     several = [len(chats.sample("vqa", index).pictures[0].drawing.objects) > 1 for index in range(400)]
     assert CROWDED + 0.1 < sum(several) / 400 < 0.85
 

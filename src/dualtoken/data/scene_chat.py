@@ -13,6 +13,7 @@ import numpy as np
 from dualtoken.core.errors import UserError
 from dualtoken.data.chat import ChatSample, Message, Picture
 from dualtoken.data.scene_text import (
+    EDIT_TYPES,
     NUMBERS,
     Edit,
     Question,
@@ -33,7 +34,6 @@ WHERE = "say what is where in the picture"
 RELATION = 4  # of the captions of several objects, the one that says how the first two lie to each other
 RELATED = 0.7  # share of the drawings of two objects that are asked for with their relation
 LOCATED = 0.4  # share of the other drawings that are asked for with all places
-DRAWN = (0.15, 0.40, 0.45)  # shares of the drawings to learn from: of any scene, of one object, of two
 CROWDED = 0.5  # share of the questions to learn from that are about several objects for sure
 TURNS = 2  # questions about one picture at most
 UNCHANGED, REDRAW = 0.25, "draw it again"  # share of the edits to learn from that change nothing, and what asks for it
@@ -46,15 +46,36 @@ WORDS = (*COLORS, *SHAPES, *TEXTURES, *SIZES, *BACKGROUNDS)
 class SceneChatConfig:
     """The pool of pictures.
 
-    Args: scenes: how many; stories: how many of them, the first, also have their edits; seed: of the world.
+    Args:
+        scenes: how many.
+        stories: how many of them, the first, also have their edits.
+        seed: of the world.
+        drawn: shares of the drawings to learn from: of any scene, of one object, of two.
+        edits: shares of the edits to learn from by type; default: as the scenes have them, "remove" least often.
     """
 
     scenes: int = 20000
     stories: int = 5000
     seed: int = 0
+    drawn: tuple[float, float, float] = (0.15, 0.40, 0.45)
+    edits: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stories <= self.scenes:
+            raise UserError(f"--data.scenes.stories {self.stories}: give 1 to {self.scenes} (--data.scenes.scenes)")
+        _check_shares("drawn", self.drawn)
+        if self.edits is not None:
+            if unknown := set(self.edits) - set(EDIT_TYPES):
+                raise UserError(f"--data.scenes.edits: {', '.join(unknown)} unknown; types are {', '.join(EDIT_TYPES)}")
+            _check_shares("edits", tuple(self.edits.values()))
 
 
-@lru_cache(maxsize=4096)
+def _check_shares(name: str, shares: tuple[float, ...]) -> None:
+    if not shares or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(f"--data.scenes.{name} {list(shares)}: give shares of 0 or more that add up to 1")
+
+
+@lru_cache(maxsize=16384)
 def story(index: int, split: str = "train", seed: int = 0) -> tuple[Edit, ...]:
     """Two edits of scene `index`, the second of what the first made; fewer where nothing can be named alone."""
     rng = np.random.default_rng((SPLITS[split], seed, index, 2))
@@ -91,8 +112,6 @@ class SceneChats:
     tasks = TASKS
 
     def __init__(self, config: SceneChatConfig, split: str = "train"):
-        if not 1 <= config.stories <= config.scenes:
-            raise UserError(f"--data.scenes.stories {config.stories}: give 1 to {config.scenes} (--data.scenes.scenes)")
         self.config, self.split = config, split
 
     def picture(self, index: int, link: int = 0) -> Picture:
@@ -118,26 +137,34 @@ class SceneChats:
         rng = np.random.default_rng((SPLITS[self.split], self.config.seed, TASKS.index(task), index, 3))
         pool = self.config.stories if task in ("edit", "story") else self.config.scenes
         number = int(rng.integers(pool)) if self.split == "train" else index % pool
-        fits = self._wanted(task, rng)
+        kind = None
+        if self.split == "train" and task == "edit" and self.config.edits:
+            kind = str(rng.choice(list(self.config.edits), p=list(self.config.edits.values())))
+        fits = self._wanted(task, kind, rng)
         number = next((n for n in ((number + i) % pool for i in range(pool)) if fits(n)), None)
         if number is None:
             raise UserError(f"--data.scenes: none of {pool} scenes suits the task {task}; give more")
-        messages = getattr(self, f"_{task}")(number, rng)
+        make = getattr(self, f"_{task}")
+        messages = make(number, rng) if kind is None else make(number, rng, kind)
         return ChatSample(messages, task, f"{task}-{self.split}-{self.config.seed}-{index}")
 
-    def _wanted(self, task: str, rng: np.random.Generator) -> Callable[[int], bool]:
+    def _wanted(self, task: str, kind: str | None, rng: np.random.Generator) -> Callable[[int], bool]:
         """Which scenes a sample may be about; those to learn from are chosen so that what is hard comes often."""
         if task in ("edit", "story"):
-            return lambda number: bool(self._story_of(number))
+            return lambda number: bool(self._links(number, kind))
         allowed = {1, 2, 3, 4}
         if self.split == "train" and task == "text_to_image":
-            allowed = (allowed, {1}, {2})[int(rng.choice(3, p=DRAWN))]
+            allowed = (allowed, {1}, {2})[int(rng.choice(3, p=self.config.drawn))]
         elif self.split == "train" and task == "vqa" and rng.random() < CROWDED:
             allowed = {2, 3, 4}
         return lambda number: len(self._scene(number).objects) in allowed
 
     def _story_of(self, number: int) -> tuple[Edit, ...]:
         return story(number, self.split, self.config.seed)
+
+    def _links(self, number: int, kind: str | None) -> list[int]:
+        """Which edits of a story are of a type, of any where it is None."""
+        return [link for link, edit in enumerate(self._story_of(number)) if kind in (None, edit.type)]
 
     def _scene(self, number: int) -> Scene:
         return scene(number, self.split, self.config.seed)
@@ -161,9 +188,9 @@ class SceneChats:
         prompt = f"draw {asked}" if rng.random() < 0.5 else asked
         return Message("user", (prompt,)), Message("assistant", (self.picture(number),))
 
-    def _edit(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
-        chain = self._story_of(number)
-        link = int(rng.integers(len(chain)))
+    def _edit(self, number: int, rng: np.random.Generator, kind: str | None = None) -> tuple[Message, ...]:
+        chain, links = self._story_of(number), self._links(number, kind)
+        link = links[int(rng.integers(len(links)))]
         shown, drawn, asked = self.picture(number, link), self.picture(number, link + 1), chain[link].instruction
         if self.split == "train" and rng.random() < UNCHANGED:
             drawn, asked = shown, REDRAW

@@ -8,6 +8,7 @@ from typing import Any
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -61,6 +62,8 @@ class ModelConfig:
         input, output: ablations of Tables 4 and 5b.
         text_weight, pixel_weight, semantic_weight: of the parts of the loss.
         depth_weights: of the D terms of eq. 7; default: all 1.
+        codebook_start: code embeddings and classifiers begin as projections of the codebooks' rows, so that what is
+            learnt of a code holds for those like it from the first step (LOG.md); the paper's begin at random.
         draw: how the model draws unless told otherwise.
     """
 
@@ -72,6 +75,7 @@ class ModelConfig:
     pixel_weight: float = 1.0
     semantic_weight: float = 1.0
     depth_weights: list[float] | None = None
+    codebook_start: bool = False
     draw: DrawConfig = field(default_factory=DrawConfig)
 
     def switches(self) -> dict[str, Any]:
@@ -117,6 +121,9 @@ def from_parts(
     ids = {name: text_tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     config = model_config(vision, llm.config, model, ids)
     built = DualTokenForConditionalGeneration(config, llm, vision.to(llm.device))
+    if model.codebook_start:
+        for name, head in (("pixel", built.pixel_head), ("semantic", built.semantic_head)):
+            head.start_from(shared_rows(vision, name))
     for part in (built.projector, built.pixel_head, built.semantic_head):
         part.to(device=llm.device, dtype=dtype)
     images = DualTokenImageProcessor(size=vision.image_size)
@@ -126,6 +133,14 @@ def from_parts(
         built.generation_config.max_new_tokens = MAX_NEW_TOKENS
     _end_with(built, processor.turn_end)
     return built, processor
+
+
+def shared_rows(vision: DualTokenVisionTokenizer, name: str) -> Tensor:
+    """The codebook [K, C] of a vocabulary. Raises UserError where its depths share none."""
+    quantizer = getattr(vision, name).quantizer
+    if not quantizer.shared:
+        raise UserError(f"model.codebook_start: the depths of the {name} quantiser share no codebook; leave it out")
+    return quantizer.lookup(torch.arange(quantizer.config.codebook_size, device=vision.device)[None, :, None])[0]
 
 
 def small_llm(

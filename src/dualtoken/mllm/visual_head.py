@@ -112,6 +112,13 @@ class VisualHead(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.embed_dim**-0.5)
         nn.init.normal_(self.positions, std=0.02)
 
+    @torch.no_grad()
+    def start_from(self, rows: Tensor) -> None:
+        """Begin with code embeddings and classifiers that are projections at random of a codebook's rows [K, C]."""
+        for table in (self.embedding.weight, *(layer.weight for layer in self.classifiers)):
+            projected = rows.float() @ torch.randn(rows.shape[1], table.shape[1], device=rows.device)
+            table.copy_((projected * (table.float().std() / projected.std())).to(table))
+
     def features(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced states of all depths: hidden [M, H], codes [M, D] -> [M, D, W], before the classifiers."""
         depths = torch.arange(codes.shape[1] - 1, device=codes.device)

@@ -211,6 +211,8 @@ def _train_stage(
     told = settings | {"recipe": stage, "data": replace(data, workers=0)}  # a run may go on with more or fewer
     named = {"samples": stage.batch_size, "title": folder.name, "shards": True, "rate": "rate of --recipe"}
     run = Loop(str(folder), stage.steps, seed, settings["resume"], config, told, **named)
+    if run.sharded and optim.kind == "muon":
+        raise UserError("--optim.kind muon takes whole matrices: it does not go with FSDP; use adamw")
     split = stage.batch_size / (config.accumulate * run.accelerator.num_processes)
     if split != int(split) or split < 1:
         raise UserError(
@@ -249,7 +251,7 @@ def _train_stage(
         recompute_activations(model, stage)
     trained = set_trained(model, stage, bool(lora.rank))
     groups = [{"params": p, "lr": stage.trains[part], "rate": stage.trains[part]} for part, p in trained.items()]
-    optimizer = torch.optim.AdamW(groups, betas=tuple(optim.betas), weight_decay=optim.weight_decay, fused=True)
+    optimizer = optim.build(groups, {p: name for name, p in model.named_parameters()})
     _take_part(model)
     wrapped, optimizer = run.prepare(model, optimizer)
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,10 +1,13 @@
 """The training stages of the MLLM as data (paper section 4.2, Table 13)."""
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from dualtoken.core.errors import UserError
+from dualtoken.training.muon import MuonAdamW, split_groups
 from dualtoken.training.optim import warm_cosine
 
 # What can be trained -> names of parameters begin with one of these. The LLM has its embedding and its last layer.
@@ -48,12 +51,16 @@ class Stage:
 
 @dataclass
 class StageOptim:
-    """AdamW for all stages; the rates are the stages'.
+    """The optimiser of all stages (default: AdamW, Table 13); the rates are the stages'.
 
-    Args: warmup: share of the steps with rising rate; final: rate at the end, as a share; clip: largest gradient
-        norm, 0 = none.
+    Args:
+        kind: adamw, or muon for the matrices between hidden states and AdamW for all else (`training/muon.py`).
+        warmup: share of the steps with rising rate.
+        final: rate at the end, as a share.
+        clip: largest gradient norm, 0 = none.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup: float = 0.03
@@ -63,6 +70,13 @@ class StageOptim:
     def factor(self, step: int, steps: int) -> float:
         """Share of the stage's rates at a step counted from 0."""
         return warm_cosine(step, steps, round(self.warmup * steps), self.final)
+
+    def build(self, groups: list[dict[str, Any]], names: dict[nn.Parameter, str]) -> torch.optim.AdamW:
+        """The optimiser of groups of parameters, each with its own rate, and of all parameters' names."""
+        options = {"betas": tuple(self.betas), "weight_decay": self.weight_decay, "fused": True}
+        if self.kind == "muon":
+            return MuonAdamW(split_groups(groups, names), **options)
+        return torch.optim.AdamW(groups, **options)
 
 
 LOOK = {"caption": 0.3, "vqa": 0.6, "text": 0.1}
