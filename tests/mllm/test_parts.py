@@ -24,6 +24,8 @@ from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import CHAT_TOKENS, ModelConfig, SmallLLMConfig, from_parts, small_llm
 from dualtoken.mllm.presets import SHAPES, mllm_directory, open_mllm
 from dualtoken.mllm.projector import two_layers
+from dualtoken.tokenizer.branch import BranchConfig
+from dualtoken.tokenizer.quantizer import QuantizerConfig
 from tests import tiny
 
 TEMPLATE = (  # as Qwen2.5's: a system turn of its own where none is given
@@ -306,6 +308,30 @@ def test_config_of_the_model_follows_its_parts():
     assert config.semantic_head == config.pixel_head and config.positions == processor.positions == 4
     assert config.output == "pixel" and config.pixel_weight == 2.0 and model.context == 128
     assert json.loads(config.to_json_string())["draw"]["pixel"]["top_k"] == 900
+
+
+def test_heads_may_begin_with_what_the_codebooks_know():
+    """Codes that are alike have embeddings and classifiers that are alike; their size stays what it was."""
+    random, _ = tiny.mllm()
+    begun, _ = tiny.mllm(codebook_start=True)
+    for name in ("pixel", "semantic"):
+        rows = getattr(begun.vision_tokenizer, name).quantizer.codebook.weight
+        before, after = (getattr(model, f"{name}_head") for model in (random, begun))
+        tables = [(h.embedding.weight, *(c.weight for c in h.classifiers)) for h in (before, after)]
+        assert len(tables[0]) == 1 + before.config.depth
+        for old, new in zip(*tables, strict=True):
+            assert not torch.equal(old, new)
+            assert new.std().item() == pytest.approx(old.std().item(), rel=1e-3)
+            solution = torch.linalg.lstsq(rows, new).solution  # a linear image of the rows
+            assert torch.allclose(rows @ solution, new, atol=1e-5)
+        assert not torch.equal(tables[1][1], tables[1][2])  # each depth in a projection of its own
+
+
+def test_a_codebook_start_needs_one_that_the_depths_share(tmp_path):
+    branch = BranchConfig(QuantizerConfig(kind="mcq", codebook_size=16, code_dim=8, depth=2))
+    tiny.tokenizer(branch=branch).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="depths of the pixel quantiser share no codebook"):
+        from_parts(str(tmp_path), *small_llm(tiny.WORDS, tiny.LLM), ModelConfig(codebook_start=True))
 
 
 def test_small_llms_text_tokenizer_writes_any_text():

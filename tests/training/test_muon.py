@@ -1,13 +1,17 @@
 """Muon beside AdamW: against torch's own in bfloat16, against exact orthogonal factors, and over a saved state."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
+from dualtoken.cli import main
+from dualtoken.training.loop import Loop
 from dualtoken.training.muon import MuonAdamW, orthogonal, split_groups
 from dualtoken.training.stages import StageOptim
+from tests.training.mllm_runs import differing, error, model_of, recipe, weights, write
 
 
 class Net(nn.Module):
@@ -99,3 +103,26 @@ def test_it_learns_and_goes_on_from_a_saved_state_to_the_bit():
     again.load_state_dict(state)
     assert first + take(stopped, again, range(8, 20)) == losses
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), stopped.parameters(), strict=True))
+
+
+def test_a_stage_trained_with_it_changes_the_same_parts_and_goes_on_to_the_bit(tmp_path, start, capsys):
+    optim = {"kind": "muon", "warmup": 0.25}
+    stage = recipe("4-1", steps=4)
+    assert main(write(tmp_path / "whole", start, recipe=stage, optim=optim)) == 0
+    names = differing(start, model_of(tmp_path / "whole", "4-1"))
+    assert names == {name for name in weights(start) if not name.startswith("vision_tokenizer.")}
+    assert main(write(tmp_path / "adamw", start, recipe=stage)) == 0
+    assert differing(model_of(tmp_path / "whole", "4-1"), model_of(tmp_path / "adamw", "4-1"))
+    assert main(write(tmp_path / "stopped", start, recipe=stage, optim=optim)) == 0
+    folder = tmp_path / "stopped/run/stage-4-1"
+    shutil.rmtree(folder / "states/step-00000004")
+    shutil.rmtree(folder / "model")
+    assert main(write(tmp_path / "stopped", start, recipe=stage, optim=optim)) == 0
+    assert "going on from step 2" in capsys.readouterr().out
+    assert not differing(*(model_of(tmp_path / name, "4-1") for name in ("whole", "stopped")))
+
+
+def test_split_matrices_are_refused(tmp_path, start, monkeypatch, capsys):
+    monkeypatch.setattr(Loop, "sharded", property(lambda self: True, lambda self, value: None), raising=False)
+    assert main(write(tmp_path, start, "--optim.kind", "muon", recipe=recipe())) == 2
+    assert "--optim.kind muon takes whole matrices: it does not go with FSDP; use adamw" in error(capsys)
