@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from dualtoken.core.errors import UserError
+from dualtoken.core.errors import UserError, at_least_one
 from dualtoken.eval.reconstruction import INCEPTION
 from dualtoken.eval.report import table
 from dualtoken.paper.ablations import table7, table8, table9, table10
@@ -175,8 +175,8 @@ def reproduce(
     budget = BUDGET if budget is None else budget
     if budget <= 0 or seed < 0:
         raise UserError(f"--budget {budget:g}, --seed {seed}: give a budget above 0 and a seed of at least 0")
-    if pictures is not None and pictures < 1:
-        raise UserError(f"--pictures {pictures}: give at least 1")
+    if pictures is not None:
+        at_least_one(pictures=pictures)
     if processes is not None and (processes < 1 or (processes > 1 and id != "all" and scale == "full")):
         raise UserError(f"--processes {processes}: give at least 1, and more at full scale for `all` alone")
     if inception is not None and not Path(inception).is_file():
