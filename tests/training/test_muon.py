@@ -105,6 +105,21 @@ def test_it_learns_and_goes_on_from_a_saved_state_to_the_bit():
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), stopped.parameters(), strict=True))
 
 
+def test_a_step_with_infinite_gradients_is_left_out_under_fp16():
+    net = Net()
+    optimizer, scaler = build(net), torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = [p.detach().clone() for p in net.parameters()]
+    scaler.scale(net.loss(0)).backward()
+    net.second.weight.grad[0, 0] = torch.inf
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert scaler.get_scale() == 2.0
+    take(net, optimizer, range(1))
+    assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
 def test_a_stage_trained_with_it_changes_the_same_parts_and_goes_on_to_the_bit(tmp_path, start, capsys):
     optim = {"kind": "muon", "warmup": 0.25}
     stage = recipe("4-1", steps=4)

@@ -65,7 +65,7 @@ class SceneChatConfig:
             raise UserError(f"--data.scenes.stories {self.stories}: give 1 to {self.scenes} (--data.scenes.scenes)")
         _check_shares("drawn", self.drawn)
         if self.edits is not None:
-            if unknown := set(self.edits) - set(EDIT_TYPES):
+            if unknown := sorted(set(self.edits) - set(EDIT_TYPES)):
                 raise UserError(f"--data.scenes.edits: {', '.join(unknown)} unknown; types are {', '.join(EDIT_TYPES)}")
             _check_shares("edits", tuple(self.edits.values()))
 

@@ -36,6 +36,7 @@ class MuonAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], momentum: float = 0.95, iterations: int = 3, **options: Any):
         super().__init__(groups, **options)
         self.momentum, self.iterations = momentum, iterations
+        self._step_supports_amp_scaling = False  # AdamW skips infinite gradients itself, Muon does not
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
