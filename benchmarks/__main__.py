@@ -34,8 +34,9 @@ MARK = "RESULT "  # what a case's process prints before its result
 
 
 def cases(name: str, options: Options) -> list[Case]:
-    """The cases of a benchmark, in order: `cases` of benchmarks/NAME.py."""
-    return importlib.import_module(f"benchmarks.{name}").cases(options)
+    """The cases of a benchmark, in order: `cases` of benchmarks/NAME.py, but those left out."""
+    made = importlib.import_module(f"benchmarks.{name}").cases(options)
+    return [c for c in made if not any(word in f"{c.group}, {c.name}" for word in options.without)]
 
 
 def run_alone(name: str, number: int, options: Options) -> Result:
@@ -132,6 +133,7 @@ def write(name: str, results: list[Result], options: Options, output: Path, page
     (output / f"{stem}.json").write_text(json.dumps(whole, indent=1) + "\n")
     described = f"{about['device']}; commit {about['commit']}; torch {about['torch']}; {about['date']}"
     less = "" if options.largest == Options.largest else f" --largest {options.largest}"
+    less += "".join(f" --without {word!r}" for word in options.without)
     text = f"`python -m benchmarks {name}{less}`: {described}\n\n{table(results)}\n"
     plotted = plot(results, output / f"{stem}.svg", name)
     (output / f"{stem}.md").write_text(text + (f"\n![growth]({stem}.svg)\n" if plotted else ""))
@@ -166,6 +168,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each case, but at least one time")
     parser.add_argument("--largest", type=int, default=2**20, help="leave out cases of more rows (saves minutes)")
     parser.add_argument(
+        "--without", metavar="WORDS", action="append", default=[],
+        help="leave out cases with these words in their title, such as compiled; can be given again",
+    )  # fmt: skip
+    parser.add_argument(
         "--reference", type=os.path.abspath, help="a checkout of the paper's repository, for its quantiser"
     )
     parser.add_argument("--output", type=Path, help="folder; default at full size: docs/benchmarks")
@@ -176,10 +182,11 @@ def main() -> None:
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
     if given.case is not None:
-        print_case(given.names[0], given.case, Options(**json.loads(given.options)))
+        told = json.loads(given.options)
+        print_case(given.names[0], given.case, Options(**told | {"without": tuple(told["without"])}))
         return
     chosen = ("size", "device", "repeats", "seconds", "largest", "reference")
-    options = Options(**{key: getattr(given, key) for key in chosen})
+    options = Options(**{key: getattr(given, key) for key in chosen}, without=tuple(given.without))
     check(options, parser)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     page = given.output is None and not options.tiny

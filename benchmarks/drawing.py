@@ -10,7 +10,7 @@ weights to read, those of the heads' blocks D times.
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers import Qwen2Config
 from benchmarks.measure import Case, Options, Work
 from dualtoken.generation import image
 from dualtoken.generation.context import Context, join
-from dualtoken.generation.sampling import DrawConfig, HeadSampling, guide, sample
+from dualtoken.generation.sampling import DrawConfig, HeadSampling
 from dualtoken.mllm.config import SPECIAL
 from dualtoken.mllm.model import DualTokenForConditionalGeneration
 from dualtoken.mllm.parts import ModelConfig, model_config
@@ -81,6 +81,7 @@ def parts_of(options: Options) -> Parts:
     return Parts(DualTokenVisionConfig(backbone, codes, codes, decoder), llm, head)
 
 
+@lru_cache(1)
 def model_of(options: Options) -> DualTokenForConditionalGeneration:
     """The miniature on the CPU; at random: the 3B shape in bfloat16 on a GPU, a tiny one in float32."""
     if options.device == "cpu" and not options.tiny:
@@ -127,14 +128,13 @@ def uncached(batch: int, options: Options) -> Work:
     """Every depth of a position computes all depths before it again."""
 
     def codes_of_position(
-        head, hidden: Tensor, sampling: HeadSampling, guidance: float, uniform: Tensor, depth: int
+        head, hidden: Tensor, sampling: HeadSampling, guidance: float, uniform: Tensor, depth: int, choose: Callable
     ) -> Tensor:
         copies = len(hidden) // len(uniform)
         codes = torch.zeros(len(hidden), depth, dtype=torch.int64, device=hidden.device)
         for d in range(depth):
             logits = head.classify(head.features(hidden, codes)[:, d], d)
-            logits = guide(logits, guidance) if copies == 2 else logits
-            codes[:, d] = sample(logits, sampling, uniform[:, d]).repeat(copies)
+            codes[:, d] = choose(logits, sampling, guidance, uniform[:, d]).repeat(copies)
         return codes[: len(uniform)]
 
     work = ours(batch, "plain", options)

@@ -128,7 +128,8 @@ def plan(options: Options) -> Work:
 def training_step(dual: bool, options: Options) -> Work:
     """Forward, backward and AdamW of stage 4-1 on one device, each sample one drawn picture and 64 tokens of text.
 
-    Its extra memory is what comes on top of the weights: gradients, moments, activations.
+    A step is made before the measured ones, so that AdamW's moments are there: extra memory is gradients and
+    activations, on top of weights and moments.
     """
     model = random_model(parts_of(options), options.device, torch.float32).train()
     recompute_activations(model, STAGES["4-1"])
@@ -155,6 +156,7 @@ def training_step(dual: bool, options: Options) -> Work:
         loss.backward()
         optimizer.step()
 
+    run()
     return Work(run, samples, "samples")
 
 

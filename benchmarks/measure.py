@@ -21,6 +21,7 @@ class Options:
         size: "full" for figures, "tiny" to see that it runs (nothing is meant by its figures).
         repeats, seconds: the work is repeated until one of them is reached; at least once after the first time.
         largest: cases of more rows are left out.
+        without: cases that have one of these words in their group or name are left out.
         reference: a checkout of the paper's repository.
     """
 
@@ -29,6 +30,7 @@ class Options:
     repeats: int = 5
     seconds: float = 20.0
     largest: int = 2**20
+    without: tuple[str, ...] = ()
     reference: str | None = None
 
     @property

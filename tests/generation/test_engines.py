@@ -201,13 +201,13 @@ def test_a_drawing_begins_anew_with_other_prompts_in_the_same_room():
 
 def test_auto_records_on_a_gpu_what_it_was_run_with(monkeypatch):
     model, _ = lively()
-    layers = SimpleNamespace(plain_layers=lambda held: held.llm.config.hidden_act == "silu")
-    monkeypatch.setattr(image, "kernels", lambda device: layers)
+    pytest.importorskip("triton")
+    monkeypatch.setattr(image, "kernels_at_hand", lambda device: True)
     assert image.engine_of(model, DrawConfig()).engine == "graph"
     assert image.engine_of(model, DrawConfig(engine="static")).engine == "static"
     model.llm.config.hidden_act = "gelu"
     assert image.engine_of(model, DrawConfig()).engine == "plain"
-    monkeypatch.setattr(image, "kernels", lambda device: None)  # no GPU, or one without what they need
+    monkeypatch.setattr(image, "kernels_at_hand", lambda device: False)  # no GPU, or one without what they need
     model.llm.config.hidden_act = "silu"
     assert image.engine_of(model, DrawConfig()).engine == "plain"
 

@@ -18,7 +18,7 @@ from tests.generation.test_fused_llm import llm
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 if device == "cpu":  # smaller blocks, so that the loops go round several times; a GPU has the true ones
-    fused_llm.BLOCK_K = fused_llm.BLOCK_L = 16
+    fused_llm.BLOCK_L = 16
 for kind, rows, prompt in (("qwen2", 3, 40), ("llama", 2, 5), ("qwen2", 1, 5)):
     made = llm(kind).to(device)
     hidden = lambda embeds, made=made, **more: made.base_model(inputs_embeds=embeds, **more)

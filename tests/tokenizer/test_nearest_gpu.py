@@ -14,8 +14,8 @@ from dualtoken.tokenizer.quantizer import QuantizerConfig, nearest_codes
 
 SCRIPT = """
 import torch
-from dualtoken.tokenizer.nearest_gpu import nearest_codes_gpu
-from dualtoken.tokenizer.quantizer import nearest_codes
+from dualtoken.tokenizer.nearest_gpu import nearest_codes_gpu, residual_codes_gpu
+from dualtoken.tokenizer.quantizer import QuantizerConfig, ResidualQuantizer, nearest_codes
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 for rows, codes, width in ((130, 200, 12), (64, 64, 16), (1, 70, 32), (0, 5, 8), (90, 500, 33)):
@@ -26,6 +26,18 @@ for rows, codes, width in ((130, 200, 12), (64, 64, 16), (1, 70, 32), (0, 5, 8),
     x[: rows // 2] = weight[3]
     found = nearest_codes_gpu(x, weight)
     assert torch.equal(found, nearest_codes(x, weight, 64)) and (found[: rows // 2] <= 3).all(), (rows, codes, width)
+
+sizes = QuantizerConfig(codebook_size=300, code_dim=24, depth=5, search="blocks")
+quantizer = ResidualQuantizer(sizes).to(device).eval()
+x = torch.randn(1, 100, 24, device=device)
+x[:, 3], x[:, 4], x[:, 5] = 0, 1e-6 * x[:, 4], 1e6 * x[:, 5]  # far from the codebook's scale
+found = residual_codes_gpu(x[0], quantizer.codebook.weight, 5)
+assert torch.equal(found, quantizer.encode(x)[0])
+x[0, 0] = float("nan")
+assert (residual_codes_gpu(x[0], quantizer.codebook.weight, 5)[0] == 0).all()
+small = torch.randn(90, 16, device=device)
+for scale in (1e-5, 1.0, 1e5):  # both of one scale, as learnt codebooks are
+    assert torch.equal(nearest_codes_gpu(scale * small, scale * small[:40]), nearest_codes(small, small[:40], 64))
 """
 
 

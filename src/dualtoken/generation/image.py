@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from threading import Lock
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
 from dualtoken.generation.context import Context, Model, Rows, join
 from dualtoken.generation.llm_cache import FixedContext, GrowingContext, room_for
-from dualtoken.generation.sampling import DrawConfig, HeadSampling, guide, sample, uniforms
+from dualtoken.generation.sampling import DrawConfig, HeadSampling, choose, uniforms
 from dualtoken.tokenizer.branch import AttentionCache, Branch, FixedCache
 from dualtoken.tokenizer.quantizer import kernel_at_hand
 
@@ -47,15 +47,13 @@ class FeatureSteps:
 
 
 def draw_codes_of_position(
-    head, hidden: Tensor, sampling: HeadSampling, guidance: float, uniform: Tensor, depth: int
+    head, hidden: Tensor, sampling: HeadSampling, guidance: float, uniform: Tensor, depth: int, choose=choose
 ) -> Tensor:
     """All D codes of one position: hidden [B or 2B, H], uniform [B, D] -> int64 [B, D]."""
     state, given, chosen = head.start(), hidden, []
     copies = len(hidden) // len(uniform)
     for d in range(depth):
-        logits = head.step(state, given)
-        logits = guide(logits, guidance) if copies == 2 else logits
-        chosen.append(sample(logits, sampling, uniform[:, d]))
+        chosen.append(choose(head.step(state, given), sampling, guidance, uniform[:, d]))
         given = chosen[-1].repeat(copies)
     return torch.stack(chosen, -1)
 
@@ -72,6 +70,8 @@ class Drawing:
         self.names = ("pixel", "semantic") if draws_semantic(model, config) else ("pixel",)
         self.positions, device = settings.positions, rows.embeds.device
         self.context = kind_of_context(model, config, rows)(model, rows.mask, rows.positions, self.positions - 1)
+        self.heads = {n: head_of(model, config, n, rows) for n in self.names}
+        self.choose = chooser(model, config)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # the position drawn last
         depths = {name: getattr(settings, f"{name}_head")["depth"] for name in ("pixel", "semantic")}
         self.noise = uniforms(seeds, self.positions, max(depths.values()), device)
@@ -104,7 +104,7 @@ class Drawing:
 
     def _read(self) -> Tensor:
         """The position drawn last through both branches, the projector and the LLM -> its state, [B or 2B, H]."""
-        features = {name: step(self.codes[name].index_select(1, self.at)) for name, step in self.steps.items()}
+        features = self._by_vocabulary(lambda name: self.steps[name](self.codes[name].index_select(1, self.at)))
         pixel = features["pixel"].to(self.rows.embeds.dtype)
         semantic = features["semantic"].to(pixel.dtype) if "semantic" in features else self._unknown(pixel)
         embeds = self.model.projector(pixel, semantic, first=self.at)
@@ -115,26 +115,31 @@ class Drawing:
         return pixel.new_zeros(*pixel.shape[:-1], self.model.projector.widths[1])
 
     def _choose(self, hidden: Tensor) -> None:
-        """Codes of position `at` from the state before it, [B or 2B, H].
-
-        Where steps are recorded the heads are two branches of the graph, side by side: neither fills a GPU.
-        """
+        """Codes of position `at` from the state before it, [B or 2B, H]."""
         noise = self.noise.index_select(1, self.at)[:, 0]
-        if self.beside is None:
-            for number, name in enumerate(self.names):
-                self._choose_by(name, hidden, noise[:, number])
-            return
+        noises = dict(zip(("pixel", "semantic"), noise.unbind(1), strict=True))
+        self._by_vocabulary(lambda name: self._choose_by(name, hidden, noises[name]))
+
+    def _choose_by(self, name: str, hidden: Tensor, noise: Tensor) -> None:
+        sampling, head = getattr(self.config, name), self.heads[name]
+        depth, guidance = head.config.depth, self.config.guidance
+        codes = draw_codes_of_position(head, hidden, sampling, guidance, noise, depth, self.choose)
+        self.codes[name].index_copy_(1, self.at, codes[:, None])
+
+    def _by_vocabulary(self, work: Callable[[str], Any]) -> dict[str, Any]:
+        """What is done for each vocabulary alone, by name.
+
+        Where steps are recorded they are two branches of the graph, side by side: neither fills a GPU.
+        """
+        if self.beside is None or torch.compiler.is_compiling():
+            return {name: work(name) for name in self.names}
         main = torch.cuda.current_stream()
         self.beside.wait_stream(main)
         with torch.cuda.stream(self.beside):
-            self._choose_by("semantic", hidden, noise[:, 1])
-        self._choose_by("pixel", hidden, noise[:, 0])
+            done = {"semantic": work("semantic")}
+        done["pixel"] = work("pixel")
         main.wait_stream(self.beside)
-
-    def _choose_by(self, name: str, hidden: Tensor, noise: Tensor) -> None:
-        head, sampling = getattr(self.model, f"{name}_head"), getattr(self.config, name)
-        codes = draw_codes_of_position(head, hidden, sampling, self.config.guidance, noise, head.config.depth)
-        self.codes[name].index_copy_(1, self.at, codes[:, None])
+        return done
 
 
 def draws_semantic(model: Model, config: DrawConfig) -> bool:
@@ -146,24 +151,48 @@ def engine_of(model: Model, config: DrawConfig) -> DrawConfig:
     """The settings with "auto" resolved: "graph" on a GPU for LLMs of the kind that it was run with, else "plain"."""
     if config.engine != "auto":
         return config
-    module = kernels(model.device)
-    return replace(config, engine="graph" if module and module.plain_layers(model) else "plain")
+    ready = kernels_at_hand(model.device)
+    if ready:
+        from dualtoken.generation.fused_llm import plain_layers  # Triton is not on every machine
+
+        ready = plain_layers(model)
+    return replace(config, engine="graph" if ready else "plain")
 
 
-def kernels(device: torch.device) -> ModuleType | None:
-    """`generation/fused_llm.py` where there are Triton and a GPU for it."""
-    if device.type != "cuda" or not kernel_at_hand(device):
-        return None
-    from dualtoken.generation import fused_llm  # Triton is not on every machine
-
-    return fused_llm
+def kernels_at_hand(device: torch.device) -> bool:
+    """Whether there are Triton and a GPU for own kernels."""
+    return device.type == "cuda" and kernel_at_hand(device)
 
 
 def kind_of_context(model: Model, config: DrawConfig, rows: Rows) -> type[GrowingContext]:
     """How the LLM goes on: growing, with fixed room, or through kernels of few launches where they pay."""
-    if config.engine == "graph" and (module := kernels(rows.embeds.device)) and module.fits(model, len(rows.mask)):
-        return module.FusedContext
+    if config.engine == "graph" and kernels_at_hand(model.device):
+        from dualtoken.generation.fused_llm import FusedContext, fits
+
+        if fits(model, len(rows.mask)):
+            return FusedContext
     return GrowingContext if config.engine == "plain" else FixedContext
+
+
+def head_of(model: Model, config: DrawConfig, name: str, rows: Rows):
+    """A vocabulary's head, or its steps through kernels where they pay."""
+    head = getattr(model, f"{name}_head")
+    if config.engine == "graph" and kernels_at_hand(model.device):
+        from dualtoken.generation.fused_head import FusedHead, fits
+
+        if fits(head, len(rows.mask)) and not torch.is_autocast_enabled("cuda"):
+            return FusedHead(head)
+    return head
+
+
+def chooser(model: Model, config: DrawConfig) -> Callable[[Tensor, HeadSampling, float, Tensor], Tensor]:
+    """What guides and samples: as one kernel where steps are recorded as they are."""
+    if config.engine == "graph" and kernels_at_hand(model.device):
+        from dualtoken.generation.fused_sampling import WIDEST, sample_gpu
+
+        if max(getattr(model.config, f"{name}_head")["codebook_size"] for name in ("pixel", "semantic")) <= WIDEST:
+            return sample_gpu
+    return choose
 
 
 def steps_of(drawing: Drawing) -> Callable[[], None]:

@@ -110,6 +110,12 @@ def sample(logits: Tensor, sampling: HeadSampling, uniform: Tensor) -> Tensor:
     return codes.gather(-1, torch.minimum(chosen, last))[:, 0]
 
 
+def choose(logits: Tensor, sampling: HeadSampling, guidance: float, uniform: Tensor) -> Tensor:
+    """One code for each image: logits [B or, to be guided, 2B, K] and uniform numbers [B] -> int64 [B]."""
+    guided = len(logits) > len(uniform)
+    return sample(guide(logits, guidance) if guided else logits, sampling, uniform)
+
+
 def uniforms(seeds: list[int], positions: int, depth: int, device: torch.device) -> Tensor:
     """Random numbers [B, N, 2, D], a row from each seed alone, so that an image does not depend on its batch."""
     rows = [torch.rand(positions, 2, depth, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

@@ -97,7 +97,7 @@ def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks")
 
     Holds at most chunk x K distances, never M x K: blocks that stay in the cache are also the faster way.
     """
-    if x.is_cuda and (search == "triton" or (search == "auto" and x.shape[1] <= WIDEST and kernel_at_hand(x.device))):
+    if by_kernel(x, search):
         from dualtoken.tokenizer.nearest_gpu import nearest_codes_gpu  # Triton is not on every machine
 
         return nearest_codes_gpu(x, weight)
@@ -110,6 +110,13 @@ def nearest_codes(x: Tensor, weight: Tensor, chunk: int, search: str = "blocks")
     for rows, found in zip(x.split(chunk), codes.split(chunk), strict=True):
         _argmin(torch.addmm(half_norms, rows, table, alpha=-1, out=room[: len(rows)]), found)
     return codes
+
+
+def by_kernel(x: Tensor, search: str) -> bool:
+    """Whether rows x [..., C] are searched for by the kernel."""
+    return x.is_cuda and (
+        search == "triton" or (search == "auto" and x.shape[-1] <= WIDEST and kernel_at_hand(x.device))
+    )
 
 
 @lru_cache
@@ -279,6 +286,11 @@ class ResidualQuantizer(nn.Module):
         """Codes int64 [B, N, D] of x [B, N, C]; all depths of a block of rows after another, so memory stays flat."""
         codes = torch.empty(*x.shape[:-1], self.config.depth, dtype=torch.int64, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
+            if by_kernel(x, self.config.search):
+                from dualtoken.tokenizer.nearest_gpu import residual_codes_gpu
+
+                weight = self.codebook.weight.float()
+                return residual_codes_gpu(x.flatten(0, -2).float(), weight, self.config.depth).view(codes.shape)
             for rows, found in zip(x.flatten(0, -2).split(ROWS), codes.flatten(0, -2).split(ROWS), strict=True):
                 for depth, (_, chosen) in enumerate(self._search(rows.float())):
                     found[:, depth] = chosen
