@@ -40,9 +40,9 @@ class DrawConfig:
         semantic_codes: False draws with pixel codes alone; the model then sees no meaning in what it draws.
         engine: how a position is computed; the codes are the same but for rounding. "plain": any LLM. "static": all
             state at fixed addresses. "graph": on a GPU, "static" recorded as a CUDA graph and played for every
-            position, and up to four rows of a Qwen2 or Llama LLM through own kernels. "compiled": the step through
-            torch.compile (minutes at first), then recorded. "auto": "graph" on a GPU where the LLM is Qwen2 or Llama
-            with weights as they come, else "plain".
+            position, up to four rows of a Qwen2 or Llama LLM and of the heads through own kernels, and sampling of any
+            number through one. "compiled": the step through torch.compile (minutes at first), then recorded. "auto":
+            "graph" on a GPU where the LLM is Qwen2 or Llama with weights as they come, else "plain".
     """
 
     guidance: float = 3.0
