@@ -23,7 +23,7 @@ except ImportError:  # an older Triton
     EARLY = False
 
 ROWS = 4  # beyond, libraries' products are faster
-WIDEST = 2**13  # of x that is normed or gated: it lies in registers whole
+WIDEST = 2**13  # of x whose rows lie in registers whole
 TURNS, GATED_TURNS = 4, 3  # programs for each processor of the GPU
 AHEAD = 3  # rows of the weight are asked for so many steps before they are used
 SILU, GELU, GELU_TANH = 1, 2, 3
@@ -147,6 +147,11 @@ def _wide_linear(
     _after(NEXT)
 
 
+def holds(width: int, dtype: torch.dtype) -> bool:
+    """Whether rows of that width can be normed or gated: registers and shared memory have room for them."""
+    return width * dtype.itemsize <= 2 * WIDEST
+
+
 @lru_cache
 def early(device: torch.device) -> bool:
     """Whether kernels may begin before the one before has ended."""
@@ -187,10 +192,8 @@ def linear(
     Args: norm: an RMS or layer norm over W; act: 0, SILU, GELU or GELU_TANH; residual: [B, N], or [N] for all rows;
         small_next: as in `launch`.
     """
-    first, second = (layer, None) if gate is None else (gate, layer)
-    return _launched(
-        x, [first] if second is None else [first, second], norm, act, second is not None, residual, small_next
-    )
+    layers = [layer] if gate is None else [gate, layer]
+    return _launched(x, layers, norm, act, gate is not None, residual, small_next)
 
 
 def three(x: Tensor, layers: tuple[nn.Linear, nn.Linear, nn.Linear], norm: nn.Module) -> Tensor:
@@ -205,16 +208,13 @@ def _launched(
     (rows, width), sizes = x.shape, [m.out_features for m in layers]
     weights, biases = [m.weight for m in layers], [x if m.bias is None else m.bias for m in layers]
     size, block = sizes[0] if gated else sum(sizes), max(16, triton.next_power_of_2(width))
-    out, some = (
-        x.new_empty(rows, size),
-        {"ROWS": triton.next_power_of_2(rows), "device": x.device, "small_next": small_next},
-    )
-    some |= {"BIAS": layers[0].bias is not None, "RESIDUAL": residual is not None}
-    residual = x if residual is None else residual
+    some = {"ROWS": triton.next_power_of_2(rows), "BIAS": layers[0].bias is not None, "RESIDUAL": residual is not None}
+    some |= {"AHEAD": AHEAD, "device": x.device, "small_next": small_next}
+    out, residual = x.new_empty(rows, size), x if residual is None else residual
     stride = size if residual.ndim == 2 else 0
     if block > WIDEST:
         given = x, weights[0], biases[0], residual, out, rows, width, size, stride
-        launch(_wide_linear, (triton.cdiv(size, 4),), *given, **some, BLOCK_N=4, BLOCK_K=1024, AHEAD=AHEAD)
+        launch(_wide_linear, (triton.cdiv(size, 4),), *given, **some, BLOCK_N=4, BLOCK_K=1024)
         return out
     weights, biases = weights + weights[:1] * (3 - len(layers)), biases + biases[:1] * (3 - len(layers))
     shift = getattr(norm, "bias", None)
@@ -231,7 +231,7 @@ def _launched(
         x, x if norm is None else norm.weight, x if shift is None else shift, eps,
         weights[0], biases[0], weights[1], biases[1], weights[2], biases[2], residual, out,
         rows, width, size, sizes[0], sum(sizes[:2]), second, third, stride, BLOCK_N=outputs, BLOCK_K=block,
-        AHEAD=AHEAD, NORM=kind, KIND=act, GATED=gated, PARTS=parts,
+        NORM=kind, KIND=act, GATED=gated, PARTS=parts,
         num_warps=4 if block < WIDEST else 8, **some,
     )  # fmt: skip
     return out

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from dualtoken.generation.few_rows import GELU, GELU_TANH, ROWS, WIDEST, _after, _before, _wait, launch, linear
+from dualtoken.generation.few_rows import GELU, GELU_TANH, ROWS, _after, _before, _wait, holds, launch, linear
 from dualtoken.mllm.visual_head import DepthState, VisualHead
 from dualtoken.tokenizer.branch import AttentionCache, GatedMLP
 
@@ -45,7 +45,7 @@ def fits(head: VisualHead, rows: int) -> bool:
     return (
         rows <= ROWS
         and width == triton.next_power_of_2(width)
-        and max(head.config.width, *(m.in_features for m in _projector(head))) <= WIDEST
+        and holds(head.config.width, head.positions.dtype)
         and len({p.dtype for p in head.parameters()}) == 1
         and all(type(m) is nn.Linear and m.weight.is_contiguous() for m in layers)
         and not any(m._forward_hooks or m._forward_pre_hooks for m in head.modules())

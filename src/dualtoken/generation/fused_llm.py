@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from dualtoken.generation.context import Model
-from dualtoken.generation.few_rows import ROWS, SILU, WIDEST, _after, _before, _wait, launch, linear, three
+from dualtoken.generation.few_rows import ROWS, SILU, WIDEST, _after, _before, _wait, holds, launch, linear, three
 from dualtoken.generation.llm_cache import FixedContext, takes_masks
 
 BLOCK_L = 128  # places of the cache at once
@@ -121,7 +121,7 @@ def _plain(layer: nn.Module, kind: torch.dtype) -> bool:
         and all(m.weight.dtype is kind and m.weight.is_contiguous() for m in (*inputs, *bare))
         and len({m.bias is None for m in inputs}) == 1
         and all(m.bias is None for m in bare)
-        and inputs[0].in_features <= WIDEST
+        and holds(inputs[0].in_features, kind)
     )
 
 
