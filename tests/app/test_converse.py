@@ -107,8 +107,8 @@ def test_a_stop_in_the_middle_of_the_work_leaves_nothing(command, tmp_path, mode
         return real(*args, **options)
 
     if command in ("draw", "edit"):
-        real = image.sample
-        monkeypatch.setattr(image, "sample", third)
+        real = image.choose
+        monkeypatch.setattr(image, "choose", third)
     else:
         real = Qwen2Model.forward
         monkeypatch.setattr(Qwen2Model, "forward", third)

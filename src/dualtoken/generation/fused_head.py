@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from dualtoken.generation.few_rows import GELU, GELU_TANH, ROWS, _after, _before, _wait, holds, launch, linear
-from dualtoken.mllm.visual_head import DepthState, VisualHead
 from dualtoken.tokenizer.branch import AttentionCache, GatedMLP
 
 
@@ -39,7 +38,7 @@ def _attend(
     _after(NEXT)
 
 
-def fits(head: VisualHead, rows: int) -> bool:
+def fits(head: nn.Module, rows: int) -> bool:
     """Whether the kernels compute this head, and the rows are so few that it pays."""
     width, layers = head.config.width // head.config.heads, [m for m in head.modules() if isinstance(m, nn.Linear)]
     return (
@@ -52,23 +51,19 @@ def fits(head: VisualHead, rows: int) -> bool:
     )
 
 
-def _projector(head: VisualHead) -> list[nn.Linear]:
+def _projector(head: nn.Module) -> list[nn.Linear]:
     """The layers of the generation projector, a GELU between them."""
     return [m for m in head.projector.modules() if isinstance(m, nn.Linear)]
 
 
 class FusedHead:
-    """Of a head what drawing needs, for heads that it `fits`: `start`, and `step` with the same numbers."""
+    """Of a `VisualHead` what drawing needs, where it `fits`: `start`, and `step` with the same numbers."""
 
-    def __init__(self, head: VisualHead):
-        self.head, self.config = head, head.config
+    def __init__(self, head: nn.Module):
+        self.head, self.config, self.start = head, head.config, head.start
 
-    def start(self) -> DepthState:
-        """As `VisualHead.start`; the caches get their room at depth 1."""
-        return DepthState([AttentionCache() for _ in self.head.blocks])
-
-    def step(self, state: DepthState, given: Tensor) -> Tensor:
-        """As `VisualHead.step`."""
+    def step(self, state, given: Tensor) -> Tensor:
+        """As `VisualHead.step`; the caches of the state get their room at depth 1."""
         head, depth = self.head, state.depth
         if depth == 0:
             layers = (

@@ -28,6 +28,7 @@ from dualtoken.tokenizer.quantizer import kernel_at_hand
 
 RECORDED = ("graph", "compiled")  # engines whose steps are recorded on a GPU
 WARM_UP = 3  # positions drawn before a graph is recorded, so that libraries have made their choices and buffers
+Choose = Callable[[Tensor, HeadSampling, float, Tensor], Tensor]
 ONE_AT_A_TIME = Lock()  # torch records one graph at a time in a process
 
 
@@ -47,9 +48,9 @@ class FeatureSteps:
 
 
 def draw_codes_of_position(
-    head, hidden: Tensor, sampling: HeadSampling, guidance: float, uniform: Tensor, depth: int, choose=choose
+    head, hidden: Tensor, sampling: HeadSampling, guidance: float, uniform: Tensor, depth: int, choose: Choose
 ) -> Tensor:
-    """All D codes of one position: hidden [B or 2B, H], uniform [B, D] -> int64 [B, D]."""
+    """All D codes of one position: hidden [B or 2B, H], uniform [B, D] -> int64 [B, D]; `choose` guides and samples."""
     state, given, chosen = head.start(), hidden, []
     copies = len(hidden) // len(uniform)
     for d in range(depth):
@@ -185,7 +186,7 @@ def head_of(model: Model, config: DrawConfig, name: str, rows: Rows):
     return head
 
 
-def chooser(model: Model, config: DrawConfig) -> Callable[[Tensor, HeadSampling, float, Tensor], Tensor]:
+def chooser(model: Model, config: DrawConfig) -> Choose:
     """What guides and samples: as one kernel where steps are recorded as they are."""
     if config.engine == "graph" and kernels_at_hand(model.device):
         from dualtoken.generation.fused_sampling import WIDEST, sample_gpu
