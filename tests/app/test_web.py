@@ -198,6 +198,7 @@ def test_telemetry_is_off(blocks):
 def test_messages_for_the_page_are_those_for_the_model(picture):
     said = web_words.message("what is it ?", picture)
     assert said["content"][0] == {"type": "image", "path": picture}
+    assert web_words.message("what is it ?", picture, True)["content"] == said["content"][::-1]
     shown = web_words.for_chatbot([said, {"role": "assistant", "content": ""}])
     assert shown == [
         {"role": "user", "content": [{"path": picture}, "what is it ?"]},

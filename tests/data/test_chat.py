@@ -64,6 +64,9 @@ FORMS = {
     "text_to_image": lambda k: k == [("user", "t"), ("assistant", "p")],
     "edit": lambda k: k == [("user", "tp"), ("assistant", "p")],
     "story": lambda k: k[0] == ("user", "t") and k[1:] in ([("assistant", "tptp")], [("assistant", "tptptp")]),
+    "ask": lambda k: (
+        k[0] == ("user", "tp") and set(k[2::2]) <= {("user", "t")} and set(k[1::2]) == {("assistant", "t")}
+    ),
     "text": lambda k: set(k[::2]) == {("user", "t")} and set(k[1::2]) == {("assistant", "t")},
 }
 
@@ -110,11 +113,14 @@ def test_what_is_said_is_true_of_the_picture(chats):
         shown = sample.pictures[0].drawing
         asked = texts(sample.messages[0])[0].removeprefix("draw ")
         assert asked in [*captions(in_order(shown)), *captions(shown)[RELATION:], located(in_order(shown))]
-        sample = chats.sample("vqa", index)
+        sample = chats.sample(("vqa", "ask")[index % 2], index)
         shown = sample.pictures[0].drawing
         possible = {(q.question, q.answer) for _ in range(3) for q in questions(shown, rng)}
         asked = [texts(m)[0] for m in sample.messages[::2]]
         assert len(set(asked)) == len(asked)
+        if "picture" in asked[0]:  # "ask" describes too
+            assert texts(sample.messages[1])[0] in [*captions(in_order(shown)), located(in_order(shown))]
+            continue
         for question, reply in zip(asked, (texts(m)[0] for m in sample.messages[1::2]), strict=True):
             answer = answer_of(reply)
             if question.startswith("is there a "):  # of one of many things that might be there

@@ -108,7 +108,21 @@ def test_questions_are_answered_by_the_truth():
                     pair = [" ".join(words[2:4]), " ".join(words[7:9])]
                     assert [" ".join(part.split()[2:]) for part in about[0].split(" and ")] == pair
                 assert (len(about) == 1) == (asked.answer in ("yes", "no") or " are a " in asked.question)
+            if asked.about:  # shorter: what is asked about, in the question's order, and what of it is asked
+                assert asked.told == f"{asked.about} : {asked.answer}" and answer_of(asked.told) == asked.answer
+                kind = "texture" if "texture" in words else asked.type
+                says = {"compare": lambda t: f" {t.size}", "position": lambda t: f" at the {position(t)}"}
+                says |= {"texture": lambda t: f" {t.texture}", "attribute": lambda t: ""}
+                expected = {f"a {t.name}{says[kind](t)}": t for t in drawn.objects}
+                meant = [expected[part] for part in asked.about.split(" and ")]
+                if kind == "attribute":  # "what shape is the red object ?"
+                    assert [words[4]] == [t.shape if words[1] == "color" else t.color for t in meant]
+                else:
+                    ends = [asked.question.index(t.name) for t in meant]
+                    assert ends == sorted(ends) and len(ends) == asked.question.count("the ")
             else:
+                assert asked.told == asked.reply
+            if not asked.because:
                 assert asked.reply == answer_of(asked.reply) == asked.answer
     assert seen == set(QUESTION_TYPES)
 

@@ -14,6 +14,7 @@ from dualtoken.eval import generation, understanding
 from dualtoken.eval.generation import draw_edits, draw_prompts, edit_shares, judge_drawings, judge_edit, psnr_outside
 from dualtoken.eval.report import Share, share
 from dualtoken.eval.understanding import ask_questions, commonest, describe_scenes, draw_questions
+from dualtoken.mllm.assistant import user
 from tests import tiny
 
 SIZE = 48
@@ -26,6 +27,9 @@ class Oracle:
 
     def __init__(self, answers):
         self.answers, self.asked = iter(answers), []
+
+    def about(self, pictures, words):
+        return user(*pictures, words)
 
     def ask(self, chats, **options):
         self.asked += chats

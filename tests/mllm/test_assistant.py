@@ -110,3 +110,11 @@ def test_open_reads_a_directory(tmp_path):
     assert same(opened.draw(["a star"])[0][0], Assistant(model.train(), processor).draw(["a star"])[0][0])
     with pytest.raises(UserError, match=r"--brain .*no such directory"):
         Assistant.open(str(tmp_path / "nowhere"), "--brain")
+
+
+@pytest.mark.parametrize("words_first", [False, True])
+def test_words_about_a_picture_stand_where_the_model_has_learnt_them(words_first):
+    assistant = Assistant(*tiny.mllm(words_first=words_first))
+    told = assistant.about([1, 2], "what is it ?")["content"]
+    kinds = [part["type"] for part in told]
+    assert kinds == (["text", "image", "image"] if words_first else ["image", "image", "text"])

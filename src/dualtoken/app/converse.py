@@ -50,7 +50,7 @@ def chat(
     pictures = [read_image(path) for path in paths]
     assistant = Assistant.open(model)
     if question is not None:
-        print(assistant.ask([[user(*pictures, question)]], max_new_tokens=max_new_tokens)[0])
+        print(assistant.ask([[assistant.about(pictures, question)]], max_new_tokens=max_new_tokens)[0])
         return
     print("Ask; /image PATH shows a picture, /new begins again, an empty line ends.")
     said: list[dict[str, Any]] = []
@@ -63,7 +63,7 @@ def chat(
             except UserError as error:
                 print(f"error: {error}")
         else:
-            asked = user(*pictures, line)
+            asked = assistant.about(pictures, line)
             try:
                 answer = assistant.ask([[*said, asked]], max_new_tokens=max_new_tokens)[0]
             except UserError as error:

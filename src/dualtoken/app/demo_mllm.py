@@ -58,7 +58,7 @@ def _show_answers(page: Page, folder: Path, assistant: Assistant, own: dict[str,
     page.picture(path, f"Questions about unseen scenes; {right} of {len(answers)} right.")
     if own:
         mine = [read_image(file) for file in list(own.values())[:ASKED]]
-        said = assistant.ask([[user(picture, DETAIL)] for picture in mine], max_new_tokens=60)
+        said = assistant.ask([[assistant.about([picture], DETAIL)] for picture in mine], max_new_tokens=60)
         shown = [picture.resize((size, size)) for picture in mine]
         path = draw_captioned(folder / "answers_yours.png", _stack(shown), [_wrapped(text) for text in said])
         page.picture(path, "Your pictures, described. The miniature has words for drawn shapes only.")

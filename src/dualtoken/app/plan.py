@@ -25,7 +25,8 @@ from dualtoken.training.stages import STAGES, Stage
 
 GIB = 2**30
 # Pictures of a chat, and how many of them are drawn, by task; other names in a mixture are taken for text_to_image.
-PICTURES = {"caption": (1, 0), "vqa": (1, 0), "text_to_image": (1, 1), "edit": (2, 1), "story": (3, 3), "text": (0, 0)}
+PICTURES = {"caption": (1, 0), "vqa": (1, 0), "ask": (1, 0), "text_to_image": (1, 1), "edit": (2, 1), "story": (3, 3),
+            "text": (0, 0)}  # fmt: skip
 SPOKEN = 0.5  # share of a chat's text that is learnt: a generous guess
 TAR_BLOCK = 512  # a file in a tar: its header of a block, its content in whole blocks
 

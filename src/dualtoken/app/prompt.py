@@ -64,7 +64,7 @@ class Model:
 
     def ask(self, picture: Picture | Sequence[Picture] | None, question: str, max_new_tokens: int | None = None) -> str:
         """The answer to a question about a picture, several, or (None) nothing shown."""
-        chat = [user(*self._open(picture), _words(question, "question"))]
+        chat = [self.assistant.about(self._open(picture), _words(question, "question"))]
         return self.assistant.ask([chat], max_new_tokens=max_new_tokens)[0]
 
     def draw(self, prompt: str, number: int | None = None, seed: int = 0, **draw: Any) -> Image.Image | Pictures:

@@ -18,7 +18,7 @@ from dualtoken.core.errors import UserError
 from dualtoken.core.images import fit_image, image_bytes, read_image, to_float, to_picture
 from dualtoken.data.scene_chat import DETAIL
 from dualtoken.data.scenes import Scenes
-from dualtoken.mllm.assistant import Assistant, user
+from dualtoken.mllm.assistant import Assistant
 
 Vocabulary = Literal["pixel", "semantic"]
 REFERENCES = 64  # unseen scenes among which patches with the same codes are looked for
@@ -161,7 +161,8 @@ class TokenView:
         """What the model says of the picture that has these codes, [1, N, D]."""
         processor, model = self.assistant.processor, self.assistant.model
         blank = Image.new("RGB", (self.size, self.size))  # holds the place: its codes are given
-        inputs = processor.apply_chat_template([user(blank, DETAIL)], add_generation_prompt=True).to(model.device)
+        inputs = processor.apply_chat_template([self.assistant.about([blank], DETAIL)], add_generation_prompt=True)
+        inputs = inputs.to(model.device)
         inputs.pop("pixel_values")
         out = model.generate(**inputs, codes=codes.to(model.device), max_new_tokens=64)
         return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

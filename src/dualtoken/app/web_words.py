@@ -40,11 +40,12 @@ def look_tab(assistant: Assistant) -> None:
                 place = gr.Row()
                 again = gr.Button("New conversation", min_width=80)
     said = gr.State([])  # the messages as the model takes them, with paths of pictures
+    words_first = assistant.model.config.words_first
     last = gr.State()  # the picture of the message before: it is not shown twice
 
     def ask(text: str, picture: str | None, said: list, last: str | None, request: gr.Request) -> Any:
         with errors_in_page():
-            chat = [*said, message(text, picture if picture != last else None)]
+            chat = [*said, message(text, picture if picture != last else None, words_first)]
             growing = ""
             with closing(studio.answer(assistant, chat, stop=stop_of(request, "look"))) as answers:
                 for growing in answers:
@@ -96,15 +97,18 @@ def story_tab(assistant: Assistant) -> None:
         stop_button("story", event)
 
 
-def message(text: str, picture: str | None) -> dict[str, Any]:
-    """The person's next message, a picture by its path. Raises UserError where nothing is said or it is damaged."""
+def message(text: str, picture: str | None, words_first: bool = False) -> dict[str, Any]:
+    """The person's next message, a picture by its path, in the order of `Assistant.about`.
+
+    Raises UserError where nothing is said or the picture is damaged.
+    """
     if not text or not text.strip():
         raise UserError("write a message first")
     if picture is None:
         return user(text)
     read_image(picture)
-    said = user(text)
-    return said | {"content": [{"type": "image", "path": picture}, *said["content"]]}
+    said, shown = user(text), {"type": "image", "path": picture}
+    return said | {"content": [*said["content"], shown] if words_first else [shown, *said["content"]]}
 
 
 def for_chatbot(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:

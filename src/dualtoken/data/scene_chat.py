@@ -27,7 +27,7 @@ from dualtoken.data.scene_text import (
 )
 from dualtoken.data.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, SPLITS, TEXTURES, Scene, scene
 
-TASKS = ("caption", "vqa", "text_to_image", "edit", "story", "text")
+TASKS = ("caption", "vqa", "text_to_image", "edit", "story", "text", "ask")
 LINKS = 2  # edits in a story
 DESCRIBE, DETAIL = "describe the picture", "describe the picture in detail"
 WHERE = "say what is where in the picture"
@@ -36,6 +36,7 @@ RELATED = 0.7  # share of the drawings of two objects that are asked for with th
 LOCATED = 0.4  # share of the other drawings that are asked for with all places
 CROWDED = 0.5  # share of the questions to learn from that are about several objects for sure
 TURNS = 2  # questions about one picture at most
+DESCRIBED = 0.1  # share of descriptions in the task "ask"
 UNCHANGED, REDRAW = 0.25, "draw it again"  # share of the edits to learn from that change nothing, and what asks for it
 TEXTS, TEXT_SHARES = ("again", "change", "ask"), (0.15, 0.2, 0.65)  # chats without a picture, and how many of each
 AGAIN, LENGTHS = "say again", (3, 16)  # words that are said again: fewest, and one more than most
@@ -155,7 +156,7 @@ class SceneChats:
         allowed = {1, 2, 3, 4}
         if self.split == "train" and task == "text_to_image":
             allowed = (allowed, {1}, {2})[int(rng.choice(3, p=self.config.drawn))]
-        elif self.split == "train" and task == "vqa" and rng.random() < CROWDED:
+        elif self.split == "train" and task in ("vqa", "ask") and rng.random() < CROWDED:
             allowed = {2, 3, 4}
         return lambda number: len(self._scene(number).objects) in allowed
 
@@ -169,14 +170,21 @@ class SceneChats:
     def _scene(self, number: int) -> Scene:
         return scene(number, self.split, self.config.seed)
 
-    def _caption(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
+    def _caption(self, number: int, rng: np.random.Generator, words_first: bool = False) -> tuple[Message, ...]:
         drawn = in_order(self._scene(number))
         asked = (DESCRIBE, DETAIL, WHERE)[int(rng.integers(3))]
         said = {DESCRIBE: caption(drawn, rng), DETAIL: captions(drawn)[0], WHERE: located(drawn)}[asked]
-        return Message("user", (self.picture(number), asked)), Message("assistant", (said,))
+        told = (asked, self.picture(number)) if words_first else (self.picture(number), asked)
+        return Message("user", told), Message("assistant", (said,))
 
     def _vqa(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
-        return _ask(questions(self._scene(number), rng), self.picture(number), rng)
+        return _turns(questions(self._scene(number), rng), self.picture(number), rng)
+
+    def _ask(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
+        """As "vqa" and "caption", the words before the picture; answers begin with what alone is asked about."""
+        if rng.random() < DESCRIBED:
+            return self._caption(number, rng, words_first=True)
+        return _turns(questions(self._scene(number), rng), self.picture(number), rng, words_first=True)
 
     def _text_to_image(self, number: int, rng: np.random.Generator) -> tuple[Message, ...]:
         drawn = self._scene(number)
@@ -222,10 +230,12 @@ class SceneChats:
             about, asked = captions(drawn)[0], [q for q in asked if q.type not in ("compare", "position")]
         else:
             about, asked = located(drawn), [q for q in asked if "texture" not in q.question]
-        return _ask(asked, f"{about} .", rng)
+        return _turns(asked, f"{about} .", rng)
 
 
-def _ask(possible: list[Question], about: str | Picture, rng: np.random.Generator) -> tuple[Message, ...]:
+def _turns(
+    possible: list[Question], about: str | Picture, rng: np.random.Generator, words_first: bool = False
+) -> tuple[Message, ...]:
     """One question or more, each of a type chosen first, so that all types come equally often."""
     messages: list[Message] = []
     for _ in range(int(rng.integers(1, TURNS + 1))):
@@ -237,7 +247,8 @@ def _ask(possible: list[Question], about: str | Picture, rng: np.random.Generato
         said: tuple[str | Picture, ...] = (chosen.question,)
         if not messages:
             said = (f"{about} {chosen.question}",) if isinstance(about, str) else (about, chosen.question)
-        messages += [Message("user", said), Message("assistant", (chosen.reply,))]
+            said = said[::-1] if words_first else said
+        messages += [Message("user", said), Message("assistant", (chosen.told if words_first else chosen.reply,))]
     return tuple(messages)
 
 

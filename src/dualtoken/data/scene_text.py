@@ -32,18 +32,25 @@ EDIT_TYPES = ("recolor", "remove", "add", "move")
 class Question:
     """A question about one picture with its only right answer, one or two words in lower case.
 
-    `because` comes before it: what there is to see from top to bottom, then what of it the question is about.
+    `because` comes before it: what there is to see from top to bottom, then what of it the question is about. `about`
+    is shorter: what the question is about alone.
     """
 
     type: str  # one of QUESTION_TYPES
     question: str
     answer: str
     because: str = ""
+    about: str = ""
 
     @property
     def reply(self) -> str:
         """What a model learns to say: "a red star and a blue ring : a red star : one", or the answer alone."""
         return f"{self.because}{BECAUSE}{self.answer}" if self.because else self.answer
+
+    @property
+    def told(self) -> str:
+        """The same by `about`, where there is one: "a red star at the top : top"."""
+        return f"{self.about}{BECAUSE}{self.answer}" if self.about else self.reply
 
 
 def answer_of(reply: str) -> str:
@@ -147,6 +154,12 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
         """All that is seen, then the two that the question is about in its order."""
         return f"{_listed(ordered, say)}{BECAUSE}{_listed(pair, say)}"
 
+    def with_texture(thing: SceneObject) -> str:
+        return f"{thing.name} {thing.texture}"
+
+    def with_size(thing: SceneObject) -> str:
+        return f"{thing.name} {thing.size}"
+
     def of_shape(shape: str, say: Callable[[SceneObject], str]) -> str:
         """All that is seen, then what has the shape."""
         return f"{seen}{BECAUSE}{_listed((t for t in ordered if t.shape == shape), say)}"
@@ -155,14 +168,16 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     shapes = Counter(thing.shape for thing in things)
     for thing in things:
         if shapes[thing.shape] == 1:
-            asked.append(Question("attribute", f"what color is the {thing.shape} ?", thing.color, seen))
+            whole = f"what color is the {thing.shape} ?"
+            asked.append(Question("attribute", whole, thing.color, seen, f"a {thing.name}"))
         if colors[thing.color] == 1:
-            asked.append(Question("attribute", f"what shape is the {thing.color} object ?", thing.shape, seen))
+            whole = f"what shape is the {thing.color} object ?"
+            asked.append(Question("attribute", whole, thing.shape, seen, f"a {thing.name}"))
     for thing in _unique(scene):
-        asked.append(
-            Question("attribute", f"what texture has the {thing.name} ?", thing.texture, _listed(ordered, texture))
-        )
-        asked.append(Question("position", f"where is the {thing.name} ?", position(thing), _listed(ordered, where)))
+        whole, all_of_it = f"what texture has the {thing.name} ?", _listed(ordered, texture)
+        asked.append(Question("attribute", whole, thing.texture, all_of_it, _listed([thing], with_texture)))
+        whole, all_of_it = f"where is the {thing.name} ?", _listed(ordered, where)
+        asked.append(Question("position", whole, position(thing), all_of_it, _listed([thing], where)))
     asked.append(Question("attribute", "what is the background ?", scene.background))
     asked.append(Question("count", "how many objects are there ?", NUMBERS[len(things)], seen))
     shape = SHAPES[rng.integers(len(SHAPES))]
@@ -175,14 +190,13 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     for first, second in pairwise(single):
         pair = f"the {first.name} {{}} the {second.name}"
         larger = "yes" if first.radius > second.radius * 1.15 else "no"
-        asked.append(Question("compare", f"is {pair.format('larger than')} ?", larger, steps(size, first, second)))
+        whole, about = f"is {pair.format('larger than')} ?", _listed((first, second), with_size)
+        asked.append(Question("compare", whole, larger, steps(size, first, second), about))
         true = relation(first, second)
         words = (true, relation(second, first))[int(rng.integers(2))]
-        asked.append(
-            Question(
-                "position", f"is {pair.format(words)} ?", "yes" if words == true else "no", steps(where, first, second)
-            )
-        )
+        whole, answer = f"is {pair.format(words)} ?", "yes" if words == true else "no"
+        about = _listed((first, second), where)
+        asked.append(Question("position", whole, answer, steps(where, first, second), about))
     present = things[int(rng.integers(len(things)))].name
     absent = [f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" not in {t.name for t in things}]
     for name, answer in ((present, "yes"), (absent[int(rng.integers(len(absent)))], "no")):

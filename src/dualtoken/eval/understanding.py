@@ -14,7 +14,7 @@ from dualtoken.data.scene_chat import DETAIL
 from dualtoken.data.scene_text import QUESTION_TYPES, Question, answer_of, questions
 from dualtoken.data.scenes import BACKGROUNDS, COLORS, SHAPES, SPLITS, TEXTURES, Scene, scene
 from dualtoken.eval.report import Share, share, table, write_json
-from dualtoken.mllm.assistant import Assistant, user
+from dualtoken.mllm.assistant import Assistant
 from dualtoken.tokenizer.presets import scale_of
 
 Unseen = Literal["test", "probe"]  # splits of the world that nothing learns from
@@ -101,7 +101,7 @@ def ask_questions(assistant: Assistant, asked: list[tuple[int, Question]], batch
     size, answers = assistant.processor.image_processor.size, []
     for first in tqdm(range(0, len(asked), batch_size), desc="questions", unit=" batches", disable=None):
         group = asked[first : first + batch_size]
-        chats = [[user(picture_of(scene(index, split), size), question.question)] for index, question in group]
+        chats = [[assistant.about([picture_of(scene(index, split), size)], q.question)] for index, q in group]
         said = assistant.ask(chats)
         answers += [Asked(index, question, text) for (index, question), text in zip(group, said, strict=True)]
     return answers
@@ -127,7 +127,7 @@ def describe_scenes(assistant: Assistant, number: int, batch_size: int, split: s
     size, verdicts = assistant.processor.image_processor.size, defaultdict(list)
     for first in tqdm(range(0, number, batch_size), desc="captions", unit=" batches", disable=None):
         drawn = [scene(i, split) for i in range(first, min(number, first + batch_size))]
-        said = assistant.ask([[user(picture_of(s, size), DETAIL)] for s in drawn], max_new_tokens=80)
+        said = assistant.ask([[assistant.about([picture_of(s, size)], DETAIL)] for s in drawn], max_new_tokens=80)
         for one, text in zip(drawn, said, strict=True):
             main = max(one.objects, key=lambda thing: thing.radius)
             words = f" {text} "

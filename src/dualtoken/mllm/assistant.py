@@ -52,6 +52,10 @@ class Assistant:
             opened.config.draw = opened.config.draw | {"engine": engine}
         return cls(opened.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor)
 
+    def about(self, pictures: Sequence[Any], words: str) -> dict[str, Any]:
+        """A turn of the user's about pictures, in the order that the model has learnt."""
+        return user(words, *pictures) if self.model.config.words_first else user(*pictures, words)
+
     def ask(self, chats: Sequence[Chat], **options: Any) -> list[str]:
         """The assistant's next words in each chat; `options` of transformers' generate (max_new_tokens, ...)."""
         inputs = self._inputs(chats)

@@ -30,6 +30,7 @@ class DualTokenConfig(PreTrainedConfig):
         output: which codes it draws; "pixel" has no semantic head's loss and sees none in what it draws (Table 5b).
         text_weight, pixel_weight, semantic_weight: of the parts of the loss.
         depth_weights: of the D terms of eq. 7, for both heads; None = all 1, as in the paper.
+        words_first: what is asked about a picture stands before it, so that looking may depend on the question.
         draw: how it draws unless told otherwise, a DrawConfig as a dict.
         tokenizer_path: where the vision tokenizer is, seen from the model's directory; None = inside.
         tokenizer_fingerprint: of the one there when the model was written; None = not known.
@@ -52,6 +53,7 @@ class DualTokenConfig(PreTrainedConfig):
         pixel_weight: float = 1.0,
         semantic_weight: float = 1.0,
         depth_weights: list[float] | None = None,
+        words_first: bool = False,
         draw: dict | None = None,
         vision_start_id: int | None = None,
         image_id: int | None = None,
@@ -74,7 +76,7 @@ class DualTokenConfig(PreTrainedConfig):
         self.positions = positions
         self.input, self.output = input, output
         self.text_weight, self.pixel_weight, self.semantic_weight = text_weight, pixel_weight, semantic_weight
-        self.depth_weights = depth_weights
+        self.depth_weights, self.words_first = depth_weights, words_first
         self.check()
         self.draw = draw or asdict(DrawConfig())
         self.vision_start_id, self.image_id, self.vision_end_id = vision_start_id, image_id, vision_end_id

@@ -64,6 +64,7 @@ class ModelConfig:
         depth_weights: of the D terms of eq. 7; default: all 1.
         codebook_start: code embeddings and classifiers begin as projections of the codebooks' rows, so that what is
             learnt of a code holds for those like it from the first step (LOG.md); the paper's begin at random.
+        words_first: what is asked about a picture stands before it; with chats that have it so.
         draw: how the model draws unless told otherwise.
     """
 
@@ -76,11 +77,12 @@ class ModelConfig:
     semantic_weight: float = 1.0
     depth_weights: list[float] | None = None
     codebook_start: bool = False
+    words_first: bool = False
     draw: DrawConfig = field(default_factory=DrawConfig)
 
     def switches(self) -> dict[str, Any]:
         """Fields of the model's config that no weight depends on: they may change from stage to stage."""
-        names = ("input", "output", "text_weight", "pixel_weight", "semantic_weight", "depth_weights")
+        names = ("input", "output", "text_weight", "pixel_weight", "semantic_weight", "depth_weights", "words_first")
         return {name: getattr(self, name) for name in names} | {"draw": asdict(self.draw)}
 
 

@@ -189,9 +189,9 @@ def _attach(model: DualTokenForConditionalGeneration, vision_tokenizer: str, sta
 
 
 def scene_texts(config: SceneChatConfig, per_task: int = 2000) -> Iterator[str]:
-    """What is said in the scenes' chats, for a text tokenizer."""
+    """What is said in the scenes' chats, for a text tokenizer; "ask" has no words of its own."""
     chats = SceneChats(config)
-    for task in TASKS:
+    for task in (task for task in TASKS if task != "ask"):
         for index in range(per_task):
             for message in chats.sample(task, index).messages:
                 yield "\n".join([message.role, *(part for part in message.content if isinstance(part, str)), ""])
