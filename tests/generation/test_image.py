@@ -4,7 +4,7 @@ from transformers import DynamicCache
 
 from dualtoken.core.codes import DualCodes
 from dualtoken.core.errors import UserError
-from dualtoken.generation import image
+from dualtoken.generation import image, sampling
 from dualtoken.generation.context import split
 from dualtoken.generation.sampling import DrawConfig, HeadSampling, guide
 from dualtoken.mllm.projector import ProjectorConfig
@@ -30,9 +30,9 @@ def same(one, two):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The logits of every draw, in order."""
-    logits, real = [], image.sample
-    monkeypatch.setattr(image, "sample", lambda given, *rest: logits.append(given) or real(given, *rest))
+    """The logits of every draw, guided, in order."""
+    logits, real = [], sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda given, *rest: logits.append(given) or real(given, *rest))
     return logits
 
 
