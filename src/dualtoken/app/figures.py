@@ -64,14 +64,12 @@ def draw_reconstructions(path: Path, originals: Tensor, found: Tensor, names: Se
 
 def draw_captioned(path: Path, pictures: Tensor, lines: Sequence[str]) -> Path:
     """Pictures uint8 [M, 3, S, S] side by side, each with its text below."""
-    figure, axes = plt.subplots(
-        1, len(pictures), figsize=(1.9 * len(pictures), 2.6), squeeze=False, layout="constrained"
-    )
-    for i, line in enumerate(lines):
-        _show(axes[0, i], pictures[i])
-        axes[0, i].set_xlabel(
-            "\n".join(part for row in line.split("\n") for part in textwrap.wrap(row, 24)), fontsize=8
-        )
+    wrapped = [[part for row in line.split("\n") for part in textwrap.wrap(row, 24)] for line in lines]
+    sizes = 1.9 * len(pictures), 2.05 + 0.16 * max(map(len, wrapped))
+    figure, axes = plt.subplots(1, len(pictures), figsize=sizes, squeeze=False, layout="constrained")
+    for place, picture, rows in zip(axes[0], pictures, wrapped, strict=False):
+        _show(place, picture)
+        place.set_xlabel("\n".join(rows), fontsize=8)
     return _save(figure, path)
 
 
