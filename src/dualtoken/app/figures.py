@@ -65,7 +65,7 @@ def draw_reconstructions(path: Path, originals: Tensor, found: Tensor, names: Se
 def draw_captioned(path: Path, pictures: Tensor, lines: Sequence[str]) -> Path:
     """Pictures uint8 [M, 3, S, S] side by side, each with its text below."""
     wrapped = [[part for row in line.split("\n") for part in textwrap.wrap(row, 24)] for line in lines]
-    sizes = 1.9 * len(pictures), 2.05 + 0.16 * max(map(len, wrapped))
+    sizes = 1.9 * len(pictures), 2.05 + 0.16 * max(map(len, wrapped), default=0)
     figure, axes = plt.subplots(1, len(pictures), figsize=sizes, squeeze=False, layout="constrained")
     for place, picture, rows in zip(axes[0], pictures, wrapped, strict=False):
         _show(place, picture)
